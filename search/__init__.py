@@ -1,0 +1,74 @@
+"""Heldout: hyperparameter search for Keras that hands over a model with a score to believe."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from search.data import Dataset
+    from search.errors import (
+        DataError,
+        ExecutorError,
+        HeldoutError,
+        RequestError,
+        SpaceError,
+        StudyError,
+        StudyFailed,
+        TrackingError,
+    )
+    from search.evaluation import evaluate
+    from search.study import Study
+    from search.study import names as studies
+    from search.wiring import check, launch, resume, try_params
+
+# Loaded when first used: `heldout --help` and a space module need none of the rest.
+_HOME = {
+    "Dataset": "data",
+    "DataError": "errors",
+    "ExecutorError": "errors",
+    "HeldoutError": "errors",
+    "RequestError": "errors",
+    "SpaceError": "errors",
+    "Study": "study",
+    "StudyError": "errors",
+    "StudyFailed": "errors",
+    "TrackingError": "errors",
+    "check": "wiring",
+    "evaluate": "evaluation",
+    "launch": "wiring",
+    "resume": "wiring",
+    "studies": "study",
+    "try_params": "wiring",
+}
+
+__all__ = [
+    "DataError",
+    "Dataset",
+    "ExecutorError",
+    "HeldoutError",
+    "RequestError",
+    "SpaceError",
+    "Study",
+    "StudyError",
+    "StudyFailed",
+    "TrackingError",
+    "check",
+    "evaluate",
+    "launch",
+    "resume",
+    "studies",
+    "try_params",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'search' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"search.{_HOME[name]}"), "names" if name == "studies" else name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,62 @@
+"""The exception tree: what each error stops, and which exit code it becomes.
+
+    HeldoutError
+    ├── RequestError          the request cannot be carried out; nothing was started (exit 2)
+    │   ├── SpaceError        the space module breaks its contract
+    │   ├── DataError         the rows cannot be used as they are
+    │   ├── StudyError        the study's name: taken, unknown, or not a name
+    │   └── TrackingError     the tracking server cannot be used
+    ├── StudyFailed           the study started and could not go on (exit 1)
+    │   └── ExecutorError     the processes that run trials could not be had or were lost
+    └── TrialFailed           this trial is over, the study goes on
+
+A message says what must hold, what was got, and what to do, in one line.
+"""
+
+from __future__ import annotations
+
+
+class HeldoutError(Exception):
+    """Base of every error that Heldout raises on purpose."""
+
+
+class RequestError(HeldoutError):
+    """What was asked for cannot be done; nothing has been started or written."""
+
+
+class SpaceError(RequestError):
+    """The space module breaks its contract (see README, "The space module")."""
+
+
+class DataError(RequestError):
+    """The rows that ``load()`` returned cannot be split, sealed or stored."""
+
+
+class StudyError(RequestError):
+    """A study's name is taken, unknown, or not usable as a name."""
+
+
+class TrackingError(RequestError):
+    """The tracking server cannot be reached or refuses us."""
+
+
+class StudyFailed(HeldoutError):
+    """The study started but could not be completed; what was recorded stays."""
+
+
+class ExecutorError(StudyFailed):
+    """Trial processes cannot be started, or the process they are forked from is gone."""
+
+
+class TrialFailed(HeldoutError):
+    """One trial is over without a score; the study goes on.
+
+    Args:
+        reason: One of ``trial.FAIL_REASONS``.
+        message: One line for people; a traceback, if any, is in the trial's log.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
