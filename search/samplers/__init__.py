@@ -1,0 +1,92 @@
+"""Samplers: the protocol, the table of names, and asking again for what has been tried already."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from search.errors import RequestError
+from search.space import Space
+from search.trial import Trial, Value, seed_for
+
+__all__ = ["SAMPLERS", "Proposal", "Sampler", "get_sampler", "propose"]
+
+_ASKS = 20
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What to try next.
+
+    Attributes:
+        params: Key to native Python value: the parameters that are expected to be active.
+        memo: JSON that is journaled with the trial and comes back in the history.
+    """
+
+    params: Mapping[str, Value]
+    memo: Any = None
+
+
+class Sampler(Protocol):
+    """A pure function of its arguments: keeps nothing between calls, so any proposal can be made again."""
+
+    name: str
+
+    def ask(self, history: Sequence[Trial], space: Space, seed: int) -> Proposal:
+        """Propose one configuration.
+
+        Args:
+            history: All trials in order of their number, running ones too.
+            space: What is known of the space now.
+            seed: Any int; equal arguments give equal proposals.
+        """
+        ...
+
+
+# Where each one is defined, so that naming them imports none of them.
+SAMPLERS: Mapping[str, tuple[str, str]] = {
+    "random": ("search.samplers.random", "RandomSampler"),
+    "tpe": ("search.samplers.hyperopt", "TPESampler"),
+}
+
+
+def get_sampler(name: str) -> Sampler:
+    """The sampler of that name.
+
+    Raises:
+        RequestError: If there is none.
+    """
+    if name not in SAMPLERS:
+        near = difflib.get_close_matches(name.lower(), SAMPLERS, n=1, cutoff=0)
+        raise RequestError(
+            f"the sampler must be one of {', '.join(SAMPLERS)}, but got {name!r}; did you mean {near[0]!r}?"
+        )
+    module, cls = SAMPLERS[name]
+    sampler: Sampler = getattr(importlib.import_module(module), cls)()
+    return sampler
+
+
+def propose(sampler: Sampler, history: Sequence[Trial], space: Space, seed: int) -> Proposal | None:
+    """Ask for a configuration that no trial of the history has, whatever became of that trial.
+
+    Configurations are the same if they agree in their active parameters. A sampler that insists on one is
+    overruled with the nearest configuration that is new.
+
+    Returns:
+        The proposal, or None if the space is finite and every configuration in it has been tried.
+    """
+    seen = {space.signature(trial.params) for trial in history}
+    proposal = sampler.ask(history, space, seed)
+    if space.signature(proposal.params) not in seen:
+        return proposal
+    untried = space.unseen(seen, like=proposal.params)
+    if untried is None:
+        return None
+    for attempt in range(1, _ASKS + 1):
+        proposal = sampler.ask(history, space, seed_for(seed, attempt, "again"))
+        if space.signature(proposal.params) not in seen:
+            return proposal
+    return Proposal(untried, proposal.memo)
