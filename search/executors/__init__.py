@@ -1,0 +1,153 @@
+"""What an executor is: slots, jobs, the events that come back, and the protocol that every executor keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+__all__ = ["Event", "Executor", "Exited", "Job", "Lost", "Message", "Slot", "Warned", "task"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place where one trial at a time can run.
+
+    Attributes:
+        index: Position among the executor's slots.
+        threads: CPU threads that belong to it.
+        env: Environment variables of the processes that run in it.
+        gpus: UUIDs of its GPUs; empty for a CPU slot.
+        memory_share: Share of each GPU's memory that a trial may use; None when the GPU is not shared.
+        memory_mib: The same in MiB, where the size of the GPU is known; TensorFlow wants it so.
+    """
+
+    index: int
+    threads: int
+    env: Mapping[str, str] = field(default_factory=dict)
+    gpus: tuple[str, ...] = ()
+    memory_share: float | None = None
+    memory_mib: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The slot as a trial process is told of it."""
+        out = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return out | {"env": dict(self.env), "gpus": list(self.gpus)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process to be run.
+
+    Attributes:
+        id: Unique among the jobs that run; a retry needs an id of its own.
+        kind: What the worker is to do.
+        payload: JSON for it, at most 64 MiB.
+        log: File that gets stdout and stderr, appended; None drops them.
+        env: Environment variables, on top of the driver's; the slot's come last.
+    """
+
+    id: str
+    kind: str
+    payload: Mapping[str, Any] = field(default_factory=dict)
+    log: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def task(job: Job, slot: Slot | None) -> dict[str, Any]:
+    """The job as the worker gets it."""
+    return {"id": job.id, "kind": job.kind, "payload": job.payload, "slot": slot.to_json() if slot else None}
+
+
+@dataclass(frozen=True)
+class Message:
+    """A running job said something. One that breaks the protocol is made to say that it failed."""
+
+    job: str
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A job's process, and its process group, is gone; its slot is free. No event of this job follows.
+
+    Attributes:
+        code: Exit status, or None if a signal ended it; signal: that signal, else None.
+        seconds: From fork to exit.
+    """
+
+    job: str
+    code: int | None
+    signal: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A job is gone through no fault of its own; its slot is free. No event of this job follows."""
+
+    job: str
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Something that people should know and that stops nothing; one line."""
+
+    text: str
+
+
+Event = Message | Exited | Lost | Warned
+
+
+class Executor(Protocol):
+    """Runs jobs in processes of their own. Used by one thread; events come from ``poll`` only.
+
+    Every job that was submitted ends in exactly one ``Exited`` or ``Lost``, after all of its messages; unless
+    ``poll`` raises because no job could begin.
+    """
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The places for trials."""
+        ...
+
+    def start(self) -> None:
+        """Begin to get ready, without waiting for it."""
+        ...
+
+    def submit(self, job: Job, slot: Slot | None) -> None:
+        """Run a job; ``None`` for one that needs no slot.
+
+        Raises:
+            ExecutorError: If no more processes can be had.
+            ValueError: If the slot is taken or a job of that id is running.
+        """
+        ...
+
+    def poll(self, timeout: float) -> list[Event]:
+        """What has happened, oldest first; waits up to ``timeout`` seconds for something to happen.
+
+        Raises:
+            ExecutorError: If no more processes can be had, after every event was handed out.
+        """
+        ...
+
+    def send(self, job_id: str, body: Mapping[str, Any]) -> None:
+        """Send a message to a job; nothing happens if it is gone."""
+        ...
+
+    def kill(self, job_id: str) -> None:
+        """End a job: asked first, then made to. Its ``Exited`` follows; nothing happens if it is gone."""
+        ...
+
+    def close(self) -> None:
+        """End every job, all at once, and every process of the executor. May be called twice."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

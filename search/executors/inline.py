@@ -1,0 +1,99 @@
+"""An executor without processes: a job runs in the driver, to its end, while it is submitted.
+
+For tests of the driver and for measuring what the driver itself costs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from search.executors import Event, Exited, Job, Message, Slot, task
+
+Send = Callable[[Mapping[str, Any]], None]
+
+
+class InlineExecutor:
+    """Runs ``function(job, send)`` at submit.
+
+    Args:
+        function: Gets the job as the worker would, ``{"id", "kind", "payload", "slot"}``, and a function that
+            sends a message. An exception makes the job exit with 1 and goes to the job's log.
+        slots: Where trials run; one by default.
+    """
+
+    def __init__(
+        self, function: Callable[[dict[str, Any], Send], None], slots: Sequence[Slot] = (Slot(0, 1),)
+    ) -> None:
+        self._function = function
+        self._slots = tuple(slots)
+        self._busy: dict[str, Slot | None] = {}
+        self._events: deque[Event] = deque()
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The places for trials."""
+        return self._slots
+
+    def start(self) -> None:
+        """Nothing needs to get ready."""
+
+    def submit(self, job: Job, slot: Slot | None) -> None:
+        """Run the job to its end; its events wait for ``poll``.
+
+        Raises:
+            ValueError: If the slot is taken or a job of that id has not been polled to its end.
+        """
+        if job.id in self._busy or (slot is not None and slot in self._busy.values()):
+            raise ValueError(f"job {job.id} must have an id and a slot of its own, but one of them is in use")
+        order = json.loads(json.dumps(task(job, slot)))
+        self._busy[job.id] = slot
+
+        def send(body: Mapping[str, Any]) -> None:
+            # Through JSON, as a process would send it, so that a test cannot pass with what JSON cannot hold.
+            self._events.append(Message(job.id, json.loads(json.dumps(body))))
+
+        began = time.monotonic()
+        code = 0
+        try:
+            self._function(order, send)
+        except Exception:
+            code = 1
+            if job.log is not None:
+                with open(job.log, "a", encoding="utf-8") as log:
+                    traceback.print_exc(file=log)
+        self._events.append(Exited(job.id, code, None, time.monotonic() - began))
+
+    def poll(self, timeout: float) -> list[Event]:
+        """Everything that has happened; never waits, for nothing can happen meanwhile."""
+        events = list(self._events)
+        self._events.clear()
+        for event in events:
+            if isinstance(event, Exited):
+                self._busy.pop(event.job, None)
+        return events
+
+    def send(self, job_id: str, body: Mapping[str, Any]) -> None:
+        """Nothing: a submitted job has already ended."""
+
+    def kill(self, job_id: str) -> None:
+        """Nothing: a submitted job has already ended."""
+
+    def close(self) -> None:
+        """Forget what was not polled."""
+        self._events.clear()
+        self._busy.clear()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,360 @@
+"""Runs jobs on this machine, each in a fresh process forked (or spawned) by the template."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from search.channel import ChannelError, Link, wait
+from search.errors import ExecutorError, RequestError
+from search.executors import Event, Exited, Job, Lost, Message, Slot, Warned, task
+from search.template import command
+
+REQUIRED = ("numpy", "keras", "keras_tuner")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+# Deaths of the template in a row, with no job ended in between, after which it is not started again.
+_DEATHS = 4
+# How long a killed job may take to let go of its socket, and with it of its device.
+_LETTING_GO = 2.0
+
+
+def start_method(asked: str | None = None) -> str:
+    """The start method to use: what was asked for, else what is safe on this system.
+
+    Raises:
+        RequestError: On native Windows, or for a name that is no start method.
+    """
+    if sys.platform == "win32":
+        raise RequestError(
+            "trials need Linux, WSL2 or macOS, but this is native Windows: use heldout in WSL2"
+        )
+    if asked is None:
+        # After a fork, macOS' own libraries abort.
+        return "spawn" if sys.platform == "darwin" else "fork"
+    if asked not in ("fork", "spawn"):
+        raise RequestError(f"the start method must be fork or spawn, but got {asked!r}")
+    return asked
+
+
+@dataclass
+class _Running:
+    link: Link
+    slot: Slot | None
+    pid: int | None = None
+    # Set when the template died: how long to wait for the process to be gone.
+    lost_by: float | None = None
+
+
+class LocalExecutor:
+    """Keeps the executor protocol with processes of this machine.
+
+    Args:
+        slots: Places for trials.
+        start_method: "fork", "spawn", or None for the system's default.
+        preload: Third-party modules that the template imports ahead of the trials, if it can.
+        path: Folders put in front of ``sys.path`` in job processes only, never in the template.
+        backend: Keras' backend; None leaves it to Keras' own configuration.
+        entry: "module:function", called with the job and its ``search.channel.Channel`` in every job process.
+        log: File that the template's own output is appended to.
+        template_threads: Threads of the numerical libraries that the template loads, for its trials too.
+        required: Modules without which no trial can run.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        *,
+        log: Path,
+        start_method: str | None = None,
+        preload: Sequence[str] = (),
+        path: Sequence[str] = (),
+        backend: str | None = None,
+        entry: str = "search.worker:main",
+        template_threads: int = 1,
+        required: Sequence[str] = REQUIRED,
+    ) -> None:
+        self._slots = tuple(slots)
+        self._method = _start_method(start_method)
+        self._preload = tuple(preload)
+        self._required = tuple(required)
+        self._path = list(path)
+        self._entry = entry
+        self._log = log
+        self._environment = _environment(backend, template_threads)
+        self._control: Link | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._running: dict[str, _Running] = {}
+        self._events: deque[Event] = deque()
+        self._failure: ExecutorError | None = None
+        self._fatal: str | None = None
+        self._ready = False
+        self._deaths = 0
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The places for trials."""
+        return self._slots
+
+    @property
+    def start_method(self) -> str:
+        """How processes are started; can turn from fork to spawn once the template is ready."""
+        return self._method
+
+    @property
+    def template_pid(self) -> int | None:
+        """Process number of the template, None before ``start`` and after ``close``."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Start the template, without waiting for its imports; jobs can be submitted at once."""
+        if self._process is None:
+            self._launch()
+
+    def submit(self, job: Job, slot: Slot | None) -> None:
+        """Run a job; see the protocol.
+
+        Raises:
+            ExecutorError: If the template cannot be had.
+            ValueError: If the slot is taken or a job of that id is running.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._control is None:
+            raise ExecutorError(
+                "an executor must be started before it gets jobs, but this is not: call start()"
+            )
+        if job.id in self._running:
+            raise ValueError(f"the id of a job must be its own, but {job.id!r} is running")
+        if slot is not None and any(other.slot == slot for other in self._running.values()):
+            raise ValueError(f"a slot must be free to be given a job, but slot {slot.index} is taken")
+        ours, theirs = socket.socketpair()
+        link = Link(ours)
+        fd = theirs.detach()
+        try:
+            link.queue({"entry": self._entry, "path": self._path, "job": task(job, slot)})
+        except BaseException:
+            link.close()
+            os.close(fd)
+            raise
+        self._running[job.id] = _Running(link, slot)
+        env = {**job.env, **(slot.env if slot else {})}
+        self._control.queue({"run": job.id, "log": job.log, "env": env}, (fd,))
+
+    def poll(self, timeout: float) -> list[Event]:
+        """What has happened; see the protocol.
+
+        Raises:
+            ExecutorError: If the template cannot be had; it says what the import error said.
+        """
+        until = time.monotonic() + timeout
+        self._pump(0.0)
+        while not self._events and not self._is_over and (left := until - time.monotonic()) > 0:
+            self._pump(left)
+        events = list(self._events)
+        self._events.clear()
+        if self._failure is not None and not self._running and not events:
+            raise self._failure
+        return events
+
+    def send(self, job_id: str, body: Mapping[str, Any]) -> None:
+        """Send a message to a job; nothing happens if it is gone."""
+        if job_id in self._running:
+            self._running[job_id].link.queue(body)
+
+    def kill(self, job_id: str) -> None:
+        """End a job with SIGTERM and, a second later, SIGKILL, process group and all; ``Exited`` follows."""
+        if job_id in self._running and self._control is not None:
+            self._control.queue({"kill": job_id})
+
+    def close(self) -> None:
+        """End the template and every job, at once. Their events are dropped."""
+        self._end_template()
+        self._drop_jobs()
+        self._events.clear()
+
+    def _drop_jobs(self) -> None:
+        for job in self._running.values():
+            job.link.close()
+        self._running.clear()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether nothing will happen any more."""
+        return self._failure is not None and not self._running
+
+    def _launch(self) -> None:
+        ours, theirs = socket.socketpair()
+        # The death signal is tied to the thread that starts the process, not to the whole driver: only the
+        # main thread lives as long as the driver. From another one, the end of the socket has to do.
+        lasting = threading.current_thread() is threading.main_thread()
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with theirs, open(self._log, "ab") as log:
+            self._process = subprocess.Popen(
+                command("template", theirs.fileno(), os.getpid() if lasting else 0),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+                env=self._environment,
+            )
+        self._ready = False
+        self._control = Link(ours)
+        self._control.queue({"setup": self._method, "required": self._required, "preload": self._preload})
+
+    def _pump(self, timeout: float) -> None:
+        """Wait for news once and take them in."""
+        links = {job.link: name for name, job in self._running.items()}
+        deadlines = [job.lost_by for job in self._running.values() if job.lost_by is not None]
+        timeout = min([timeout, *(at - time.monotonic() for at in deadlines)])
+        control = self._control
+        for link in wait([*links, *([control] if control else [])], timeout):
+            link.flush()
+            # An "exited" read a moment ago may have ended the job of a link further on in the list.
+            if link is control:
+                self._listen_to_template(control)
+            elif links[link] in self._running:
+                self._listen_to_job(links[link])
+        for name, job in list(self._running.items()):
+            if job.lost_by is not None and (job.link.eof or time.monotonic() >= job.lost_by):
+                self._end(name, Lost(name))
+
+    def _listen_to_job(self, name: str) -> None:
+        job = self._running[name]
+        try:
+            for body in job.link.read():
+                self._events.append(Message(name, body))
+        except ChannelError as error:
+            self._events.append(_failed(name, f"the trial's process broke its channel: {error}"))
+            # With its socket closed the process kills itself; if it cannot, the template does.
+            job.link.close()
+            self.kill(name)
+
+    def _listen_to_template(self, control: Link) -> None:
+        try:
+            for body in control.read():
+                self._on_template(body)
+        except (ChannelError, KeyError, TypeError) as error:
+            self._events.append(Warned(f"the template process sent something else than messages: {error}"))
+            control.close()
+        if control.eof:
+            self._on_template_death()
+
+    def _on_template(self, body: Mapping[str, Any]) -> None:
+        if "warned" in body:
+            self._events.append(Warned(body["warned"]))
+        elif "fatal" in body:
+            self._fatal = body["fatal"]
+        elif "ready" in body:
+            self._ready = True
+            self._method = body["ready"]
+        elif "forked" in body:
+            self._running[body["forked"]].pid = body["pid"]
+        elif "refused" in body:
+            name = body["refused"]
+            self._events.append(_failed(name, f"a process for it could not be started: {body['error']}"))
+            self._end(name, Exited(name, 1, None, 0.0))
+        elif "exited" in body:
+            name = body["exited"]
+            job = self._running[name]
+            # All that it sent is in the socket by now. Not until the end of the stream: something that it
+            # started in a session of its own may hold the socket open.
+            for _ in range(128):
+                if job.link.eof or not wait([job.link], 0.0):
+                    break
+                self._listen_to_job(name)
+            self._deaths = 0
+            self._end(name, Exited(name, body["code"], body["signal"], body["seconds"]))
+
+    def _end(self, name: str, event: Event) -> None:
+        self._running.pop(name).link.close()
+        self._events.append(event)
+
+    def _on_template_death(self) -> None:
+        status = self._end_template()
+        if self._fatal is not None:
+            # No job has begun. Told one by one that they are lost, they would hide what is wrong.
+            self._failure = ExecutorError(
+                f"trials need Keras, but it cannot be imported: {self._fatal} (see {self._log})"
+            )
+            self._drop_jobs()
+            return
+        for job in self._running.values():
+            if job.lost_by is None:
+                job.lost_by = time.monotonic() + _LETTING_GO
+                job.link.hang_up()
+        self._deaths += 1
+        if self._deaths >= _DEATHS:
+            self._failure = ExecutorError(
+                f"the process that trials are forked from must stay alive, but it ended {self._deaths} times "
+                f"in a row, last with status {status}: see {self._log}"
+            )
+        else:
+            if not self._ready and self._preload and self._method == "fork":
+                names = ", ".join(self._preload)
+                self._events.append(
+                    Warned(f"importing ahead of the trials ended the process, so without: {names}")
+                )
+                self._preload = ()
+            self._launch()
+
+    def _end_template(self) -> int | None:
+        """End the template, and every job group in case it could not; returns its exit status."""
+        if self._control is None or self._process is None:
+            return None
+        process = self._process
+        self._control.close()
+        self._control = self._process = None
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            status = process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
+        if status != 0:
+            # A group whose leader is reaped keeps its number for as long as it has members, so this reaches
+            # what a job left behind, and nobody if it left nothing.
+            for job in self._running.values():
+                if job.pid is not None and job.lost_by is None:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.killpg(job.pid, signal.SIGKILL)
+        return status
+
+
+def _failed(name: str, text: str) -> Message:
+    return Message(name, {"type": "failed", "reason": "crash", "message": text, "error": None})
+
+
+# ``start_method`` is also the name of an argument.
+_start_method = start_method
+
+
+def _environment(backend: str | None, threads: int) -> dict[str, str]:
+    """The template's environment: the driver's, with defaults for what the user has not set."""
+    defaults = dict.fromkeys(_THREAD_VARIABLES, str(threads))
+    # Sets of strings in the user's code iterate alike in every trial and every run.
+    defaults |= {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONHASHSEED": "0"}
+    chosen = {} if backend is None else {"KERAS_BACKEND": backend}
+    return {**defaults, **os.environ, **chosen}
