@@ -1,0 +1,313 @@
+"""The driver's side of MLflow: checking an address, running the tracker's process, reading how far it is.
+
+Imports no MLflow (that takes seconds): what talks to MLflow is ``search.tracking``, a process of its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import json
+import os
+import select
+import site
+import sqlite3
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from search.errors import TrackingError
+
+STATE_FILE = "tracking.json"
+LOG_FILE = "tracking.log"
+# Every process of ours that imports MLflow: no calls home, and one thread for libraries it brings along.
+MLFLOW_ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# The tracker retries by itself: a request repeated behind its back could create a run twice.
+TRACKER_ENVIRONMENT = {
+    **MLFLOW_ENVIRONMENT,
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+_SERVERS = ("http", "https")
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_CHECK_SECONDS = 5.0
+_READY_SECONDS = 30.0
+_FINISH_SECONDS = 60.0
+_STOP_SECONDS = 2.0
+
+
+def default_uri(workspace: Path) -> str:
+    """Address of the workspace's own store, a SQLite file."""
+    return f"sqlite:///{workspace.absolute() / 'mlflow.db'}"
+
+
+def redacted(uri: str) -> str:
+    """The address without user, password and query, fit to be shown and stored."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator or scheme.split("+")[0] == "sqlite":
+        return uri
+    rest = rest.partition("?")[0]
+    if scheme in _SERVERS and "@" not in rest.partition("/")[0] and _has_good_port(uri):
+        return f"{scheme}://{rest}"  # any "@" is part of the path
+    # Database drivers allow "/" and "@" in a password, so everything up to the last "@" may be one.
+    return f"{scheme}://{rest.rpartition('@')[2]}"
+
+
+def check_uri(uri: str) -> None:
+    """Finds out within seconds whether an address can be MLflow's; writes nothing.
+
+    A database server is not asked here, because its driver comes with MLflow: see ``Tracker.ready``.
+
+    Raises:
+        TrackingError: If the scheme is none of MLflow's, the server does not answer or refuses us, or
+            the SQLite file cannot be written.
+    """
+    scheme, separator, rest = uri.partition("://")
+    base = scheme.split("+")[0]
+    if not separator or base not in _SERVERS + _DATABASES:
+        allowed = ", ".join((*_DATABASES, *_SERVERS))
+        raise TrackingError(
+            f"the tracking URI must be one of {allowed}://…, but got {redacted(uri)!r}; "
+            "leave it out to use the workspace's own SQLite file"
+        )
+    if base == "sqlite":
+        _check_file(rest.partition("?")[0], uri)
+    elif scheme in _SERVERS:
+        _check_server(uri)
+
+
+def read(study_dir: Path) -> dict[str, Any]:
+    """What the tracker last said of itself; empty before it first did.
+
+    Keys: ``uri``, ``experiment_id``, ``run_id`` (of the study), ``runs`` (trial number, as a string, to run
+    id), ``published`` (journal events that MLflow has), ``behind`` (events that it does not have yet)
+    and ``error`` (why, or None).
+    """
+    try:
+        found: dict[str, Any] = json.loads((study_dir / STATE_FILE).read_text())
+    except FileNotFoundError:
+        return {}
+    return found
+
+
+def compare_link(base_url: str, experiment_id: str, run_ids: Sequence[str]) -> str:
+    """Link to MLflow's comparison of these runs, which draws all of them in one chart.
+
+    Its charts draw a study's page only as far as rows are expanded; MLflow wants ``runs`` to come first.
+    """
+    runs = urllib.parse.quote(json.dumps(list(run_ids), separators=(",", ":")), safe=",[]")
+    experiments = urllib.parse.quote(json.dumps([experiment_id]), safe=",[]")
+    return f"{base_url.rstrip('/')}/#/compare-runs?runs={runs}&experiments={experiments}"
+
+
+def start(study_dir: Path, uri: str) -> Tracker:
+    """Starts the process that publishes a study's journal, once that has ``study`` and ``state``.
+
+    Args:
+        study_dir: The study's folder, with its ``journal.sqlite``.
+        uri: MLflow's address, credentials included; handed over in the process's environment, because
+            a command line can be read by everybody.
+    """
+    command = [sys.executable, "-P", "-m", "search.tracking", str(study_dir.absolute())]
+    environment = {**os.environ, **TRACKER_ENVIRONMENT, **_python_path()}
+    environment["MLFLOW_TRACKING_URI"] = uri
+    with (study_dir / LOG_FILE).open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            # Ctrl-C in the terminal is for the driver, whose end the tracker sees as its stdin's.
+            start_new_session=True,
+        )
+    return Tracker(process, uri, study_dir / LOG_FILE)
+
+
+class Tracker:
+    """A running tracker. A context manager: left without ``finish``, it ends the process at once."""
+
+    def __init__(self, process: subprocess.Popen[bytes], uri: str, log: Path) -> None:
+        self._process = process
+        self._uri = uri
+        self._log = log
+        self._said = b""
+        self._ready = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def ready(self, timeout: float | None = None) -> bool:
+        """Whether MLflow's store answers by now.
+
+        Args:
+            timeout: Seconds to wait for that. By default none where ``check_uri`` has looked
+                (a server, a SQLite file), and enough for a first connection to a database server.
+
+        Raises:
+            TrackingError: If the store refused, or the tracker's process ended.
+        """
+        if timeout is None:
+            looked = self._uri.partition("://")[0].split("+")[0] in (*_SERVERS, "sqlite")
+            timeout = 0.0 if looked else _READY_SECONDS
+        deadline = time.monotonic() + timeout
+        while not self._ready and self._listen(max(0.0, deadline - time.monotonic())):
+            pass
+        return self._ready
+
+    def finish(self, timeout: float = _FINISH_SECONDS) -> bool:
+        """Lets the tracker publish the rest, and ends it; put the journal's ``state`` first.
+
+        Returns:
+            Whether everything is published. If not, starting a tracker later continues.
+        """
+        stdin = self._process.stdin
+        assert stdin is not None
+        # How long it may take is the last thing it hears; killed later than that it would lose nothing.
+        with contextlib.suppress(OSError, ValueError):
+            stdin.write(f"{timeout}\n".encode())
+            stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout + 1.0)
+        self.close()
+        return self._process.returncode == 0
+
+    def close(self) -> None:
+        """Ends the process at once. What MLflow has by then stays, each trial once."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def _listen(self, seconds: float) -> bool:
+        """Reads what the tracker says for so long; False when nothing came."""
+        stdout = self._process.stdout
+        assert stdout is not None
+        if stdout.closed or not select.select([stdout], [], [], seconds)[0]:
+            return False
+        got = os.read(stdout.fileno(), 65536)
+        if not got:
+            raise TrackingError(
+                f"the process that writes to MLflow must keep running, but it ended; see {self._log}"
+            )
+        *lines, self._said = (self._said + got).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if message["type"] == "error":
+                raise TrackingError(
+                    f"MLflow's store {redacted(self._uri)} must be usable, but: {message['message']}"
+                )
+            self._ready = True
+        return True
+
+
+def _python_path() -> dict[str, str]:
+    """Where the child finds this package, if not installed: never by its working directory."""
+    root = str(Path(__file__).resolve().parent.parent)
+    if root in site.getsitepackages():
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))}
+
+
+def _has_good_port(uri: str) -> bool:
+    try:
+        _ = urllib.parse.urlsplit(uri).port
+    except ValueError:
+        return False
+    return True
+
+
+def _check_file(path: str, uri: str) -> None:
+    """SQLAlchemy's form: three slashes and a relative path, four and an absolute one."""
+    if not path.startswith("/") or path in ("/", "/:memory:"):
+        raise TrackingError(
+            f"a SQLite tracking URI must name a file, as in sqlite:///mlflow.db, but got {uri!r}"
+        )
+    file = Path(path[1:]).absolute()
+    try:
+        if file.exists():
+            if not os.access(file, os.W_OK) or not os.access(file.parent, os.W_OK):
+                raise OSError("it and its folder must be writable")
+            if file.stat().st_size:
+                with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as connection:
+                    connection.execute("SELECT 1 FROM sqlite_master")
+        else:
+            parent = next(folder for folder in file.parents if folder.exists())
+            if not parent.is_dir() or not os.access(parent, os.W_OK):
+                raise OSError(f"{parent} must be a folder that can be written")
+    except (OSError, sqlite3.DatabaseError) as error:
+        raise TrackingError(
+            f"MLflow's SQLite file {file} cannot be used: {error}; choose another --workspace or tracking URI"
+        ) from None
+
+
+def _check_server(uri: str) -> None:
+    shown = redacted(uri)
+    try:
+        status = _status(uri, "/health")
+        if status != 200:
+            # Some gateways keep /health to themselves; then ask what the tracker will ask.
+            status = _status(uri, "/api/2.0/mlflow/experiments/search?max_results=1")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise TrackingError(
+            f"the tracking server {shown} must answer, but: {reason}; start it, correct the tracking URI, "
+            "or leave it out to use the workspace's own SQLite file"
+        ) from None
+    if status in (401, 403):
+        raise TrackingError(
+            f"the tracking server {shown} refuses us ({status}); set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+    if status != 200:
+        raise TrackingError(
+            f"{shown} must be an MLflow server, but it answers {status}; correct the tracking URI"
+        )
+
+
+def _status(uri: str, path: str) -> int:
+    """HTTP status of a GET below the server's address, with the credentials that MLflow would send."""
+    parts = urllib.parse.urlsplit(uri)
+    user = urllib.parse.unquote(parts.username or os.environ.get("MLFLOW_TRACKING_USERNAME", ""))
+    password = urllib.parse.unquote(parts.password or os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
+    host = parts.netloc.rpartition("@")[2]
+    request = urllib.request.Request(f"{parts.scheme}://{host}{parts.path.rstrip('/')}{path}")
+    if user:
+        encoded = base64.b64encode(f"{user}:{password}".encode()).decode()
+        request.add_header("Authorization", f"Basic {encoded}")
+    elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        request.add_header("Authorization", f"Bearer {token}")
+    context = None
+    if parts.scheme == "https":
+        context = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
+        if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with urllib.request.urlopen(request, timeout=_CHECK_SECONDS, context=context) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code

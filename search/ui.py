@@ -1,0 +1,152 @@
+"""MLflow's web server on a workspace, for this machine only."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from search.errors import RequestError
+from search.publishing import MLFLOW_ENVIRONMENT, default_uri
+
+HOST = "127.0.0.1"
+_READY_SECONDS = 120.0
+_STOP_SECONDS = 5.0
+_PR_SET_PDEATHSIG = 1
+
+
+class Server:
+    """A running server. A context manager that stops it.
+
+    Attributes:
+        url: Where to browse.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
+        self.url = url
+        self._process = process
+
+    def wait(self) -> None:
+        """Returns when the server has ended by itself."""
+        self._process.wait()
+
+    def close(self) -> None:
+        """Stops the server and what it started."""
+        # It leads a process group of its own: MLflow's command starts the server as its child.
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_SECONDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def serve(workspace: Path, port: int) -> Server:
+    """Starts MLflow's server on a workspace's own store, and returns when it answers.
+
+    It stops with us: on ``close``, on Ctrl-C, which the caller gets, and (on Linux) when we are killed.
+
+    Args:
+        port: On the loopback interface; nobody else can reach it.
+
+    Raises:
+        RequestError: If the workspace has no runs, the port is taken, or the server cannot start.
+    """
+    if not (workspace / "mlflow.db").is_file():
+        raise RequestError(
+            f"a workspace must have runs to show, but {workspace} has none; start with `heldout launch "
+            "SPACE`, or choose another --workspace"
+        )
+    _check_free(port)
+    root = (workspace / "artifacts").absolute()
+    command = [sys.executable, "-P", "-m", "mlflow", "server", "--workers", "1"]
+    command += ["--host", HOST, "--port", str(port), "--backend-store-uri", default_uri(workspace)]
+    command += ["--default-artifact-root", root.as_uri(), "--artifacts-destination", root.as_uri()]
+    environment = {
+        **os.environ,
+        **MLFLOW_ENVIRONMENT,
+        # Its job runner is for features that we have no use for: four times the memory and start-up.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_follow_parent(),
+        )
+        server = Server(process, f"http://{HOST}:{port}")
+        try:
+            _await(process, server.url, lambda: _last_line(log))
+        except BaseException:
+            server.close()
+            raise
+    return server
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        # As the server will: a connection of a server that has just ended does not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            raise RequestError(
+                f"port {port} must be free, but: {error}; choose another with --port"
+            ) from None
+
+
+def _await(process: subprocess.Popen[bytes], url: str, said: Callable[[], str]) -> None:
+    # Not by the environment's proxy: it is this machine that we ask.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + _READY_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RequestError(
+                f"MLflow's server must start, but it ended with {process.returncode}: {said()}"
+            )
+        with contextlib.suppress(OSError), opener.open(f"{url}/health", timeout=2) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.2)
+    raise RequestError(f"MLflow's server must answer within {_READY_SECONDS:.0f} s, but it did not: {said()}")
+
+
+def _last_line(log: Any) -> str:
+    log.seek(0)
+    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else "it said nothing"
+
+
+def _follow_parent() -> Callable[[], None] | None:
+    """Makes the child be sent SIGTERM when its parent dies, which MLflow's command passes on."""
+    if sys.platform != "linux":
+        return None
+    # Looked up here: between fork and exec nothing may be loaded.
+    prctl = ctypes.CDLL(None).prctl
+
+    def follow() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+    return follow
