@@ -275,7 +275,7 @@ class Publisher:
             return
         points = self._points.get(key, [])
         last = max(points, key=lambda point: (point.step, point.at), default=None)
-        points = points + runs.end_points(trial, self._objective, last)
+        points = points + runs.end_points(trial, last)
         self._send(run.run_id, points, self._new_params(key, run), runs.end_tags(trial))
         self._client.set_terminated(
             run.run_id, runs.TRIAL_STATUS[trial.state], runs.optional_millis(trial.ended)
@@ -327,7 +327,7 @@ class Publisher:
         }
         champion = self._story.champion
         if champion is not None:
-            points += runs.end_points(champion, self._objective, None)[:2]
+            points += runs.end_points(champion, None)[:1]
             tags["heldout.best_trial"] = str(champion.number)
         status = "KILLED" if state == "RUNNING" else runs.STUDY_STATUS[state]
         self._send(self._parent.run_id, points, tags=tags)

@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -50,6 +50,20 @@ _STOP_SECONDS = 2.0
 def default_uri(workspace: Path) -> str:
     """Address of the workspace's own store, a SQLite file."""
     return f"sqlite:///{workspace.absolute() / 'mlflow.db'}"
+
+
+def uri_of(study: Mapping[str, Any]) -> str:
+    """Where a recorded study is published: its record has no credentials, so the environment may bring them.
+
+    Raises:
+        TrackingError: If the record says that there were credentials and ``MLFLOW_TRACKING_URI`` does not fit it.
+    """
+    recorded, given = str(study["tracking_uri"]), os.environ.get("MLFLOW_TRACKING_URI", "")
+    if redacted(given) == recorded:
+        return given
+    if study.get("tracking_secret"):
+        raise TrackingError(f"set MLFLOW_TRACKING_URI to {recorded} with its credentials, which are not recorded")
+    return recorded
 
 
 def redacted(uri: str) -> str:

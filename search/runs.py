@@ -180,15 +180,15 @@ def metric_names(objective: str) -> Names:
     return names
 
 
-def end_points(trial: Trial, objective: str, last: Point | None) -> list[Point]:
+def end_points(trial: Trial, last: Point | None) -> list[Point]:
     """Final values of an attempt; ``score`` is the scorer's, of the weights that were kept.
 
-    It stands under the objective's name too, after Keras' own epochs, so that it is what tables show.
+    The objective's own name keeps Keras' epochs alone, so that its curve is a learning curve.
     """
     step = max(trial.epochs, last.step if last else 0)
     at = max(millis(trial.ended or trial.started or 0.0), last.at + 1 if last else 0)
     final = (trial.score, trial.seconds, trial.epochs, trial.best_epoch, trial.size)
-    found = {objective: trial.score, **dict(zip(_FINAL, final, strict=True))}
+    found = dict(zip(_FINAL, final, strict=True))
     return [Point(key, float(value), at, step) for key, value in found.items() if value is not None]
 
 

@@ -203,10 +203,9 @@ class TestPublished:
             }.items()
         )
         assert tracked.series(child, "val_loss") == [(1, 1.1), (2, 0.55), (3, 1.1 / 3)]
-        # The scorer's value comes last, so that tables show it and not Keras' of the last epoch.
-        assert tracked.series(child, "val_accuracy") == [(1, 0.5), (2, 0.75), (3, 1 - 0.5 / 3), (3, 0.7)]
+        assert tracked.series(child, "val_accuracy") == [(1, 0.5), (2, 0.75), (3, 1 - 0.5 / 3)]
         assert child.data.metrics == {
-            "loss": 1 / 3, "val_loss": 1.1 / 3, "val_accuracy": 0.7, "score": 0.7,
+            "loss": 1 / 3, "val_loss": 1.1 / 3, "val_accuracy": 1 - 0.5 / 3, "score": 0.7,
             "seconds": 4.0, "epochs": 3.0, "best_epoch": 2.0, "weights": 1000.0,
         }  # fmt: skip
 

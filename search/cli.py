@@ -1,0 +1,420 @@
+"""The command `heldout`: the only file that prints or exits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from search.errors import HeldoutError, RequestError, StudyFailed
+
+if TYPE_CHECKING:
+    from search.trial import Trial
+
+_DEBUG = "heldout.debug"
+
+
+class _Commands(click.Group):
+    """Turns our errors into one line and an exit code; tracebacks only with --debug."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HeldoutError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"heldout: {error}", err=True)
+            ctx.exit(2 if isinstance(error, RequestError) else 1)
+        except KeyboardInterrupt:
+            click.echo(
+                "heldout: stopped; what was finished is recorded: `heldout status` shows it, `heldout "
+                "resume STUDY` goes on",
+                err=True,
+            )
+            ctx.exit(1)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.version_option(package_name="heldout")
+def main(debug: bool) -> None:
+    """Hyperparameter search for Keras, with a test score to believe."""
+
+
+def _workspace(command: Any) -> Any:
+    return click.option(
+        "--workspace",
+        metavar="DIR",
+        help="Folder for everything that is written [HELDOUT_WORKSPACE, ./heldout-workspace].",
+    )(command)
+
+
+def _as_json(command: Any) -> Any:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def _search_options(command: Any) -> Any:
+    """The options that `launch` and `check` share."""
+    options = [
+        click.option("--trials", type=int, default=30, show_default=True, help="Trials in all, the baseline included."),
+        click.option("--sampler", default="tpe", show_default=True, help="How configurations are proposed."),
+        click.option("--workers", type=int, help="Trials at a time on CPUs [one per core]."),
+        click.option("--gpus", metavar="auto|none|0,1", help="GPUs to use [auto]."),
+        click.option("--trials-per-gpu", type=int, metavar="K", help="Trials that share a GPU."),
+        click.option("--gpus-per-trial", type=int, metavar="G", help="GPUs that one trial gets."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of proposals and training; moves no row."),
+        click.option("--split-seed", type=int, default=0, show_default=True, help="Of the split of rows into tiers."),
+        click.option("--epochs", type=int, help="Epochs of a trial at most [the module's]."),
+        click.option(
+            "--start-method",
+            type=click.Choice(["fork", "spawn"]),
+            help="How trial processes start [fork on Linux].",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return _workspace(command)
+
+
+@main.command()
+@click.argument("space")
+@_search_options
+@click.option("--study", help="The study's name [the space's name and a number].")
+@click.option(
+    "--evaluate",
+    type=click.Choice(["auto", "yes", "no"]),
+    default="auto",
+    show_default=True,
+    help="Open the sealed test rows at the end: auto only if no study has opened them.",
+)
+@click.option("--tag", "tags", multiple=True, metavar="K=V", help="A tag for every MLflow run; may be repeated.")
+@_as_json
+def launch(space: str, tags: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Search SPACE, a Python file, a dotted module or the name of a shipped space."""
+    from search.wiring import launch as run
+
+    with _watching(options["trials"], as_json) as watcher:
+        study = run(space, watcher=watcher, tags=_tags(tags), **options)
+    _finished(study, as_json)
+
+
+@main.command()
+@click.argument("study")
+@_workspace
+@_as_json
+def resume(study: str, workspace: str | None, as_json: bool) -> None:
+    """Continue STUDY where it stopped."""
+    from search.study import Study
+    from search.wiring import resume as run
+
+    planned = Study(study, workspace).meta("study", {"config": {"trials": None}})["config"]["trials"]
+    with _watching(planned, as_json) as watcher:
+        found = run(study, workspace=workspace, watcher=watcher)
+    _finished(found, as_json)
+
+
+@main.command()
+@click.argument("space")
+@_search_options
+@_as_json
+def check(space: str, as_json: bool, **options: Any) -> None:
+    """Say what would be searched, on which rows, and what it would cost."""
+    from search.wiring import check as run
+
+    with _watching(None, as_json) as watcher:
+        found = run(space, watcher=watcher, **options)
+    if as_json:
+        return _print_json(found)
+    _print_check(found)
+
+
+@main.command("try")
+@click.argument("space")
+@click.option("--params", default="{}", metavar="JSON", help="Values by name; the rest are the defaults.")
+@click.option("--epochs", type=int, help="Epochs at most [the module's].")
+@click.option("--seed", type=int, default=0, show_default=True)
+@_as_json
+def try_(space: str, params: str, epochs: int | None, seed: int, as_json: bool) -> None:
+    """Run one trial of SPACE here and now; breakpoints work and nothing is recorded."""
+    from search.wiring import try_params
+
+    try:
+        values = json.loads(params)
+    except ValueError as error:
+        raise RequestError(
+            f"""--params must be JSON such as '{{"units": 64}}', but {params!r} is not: {error}"""
+        ) from None
+    if not isinstance(values, dict):
+        raise RequestError(f"--params must be a JSON object, but got {params!r}")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    found = try_params(space, values, epochs=epochs, seed=seed, say=None if as_json else click.echo)
+    if as_json:
+        return _print_json(found)
+    click.echo(
+        f"validation score {found['score']:.6g} at epoch {found['best_epoch']} of {found['epochs']}, "
+        f"{found['size']} weights"
+    )
+    for key, value in found["params"].items():
+        click.echo(f"    {key} = {value}")
+
+
+@main.command()
+@click.argument("study", required=False)
+@_workspace
+@_as_json
+def status(study: str | None, workspace: str | None, as_json: bool) -> None:
+    """Show how far STUDY is, or all studies of the workspace."""
+    from search.report import number, report
+    from search.study import Study, names, workspace_folder
+
+    folder = workspace_folder(workspace)
+    wanted = [study] if study is not None else names(folder)
+    summaries = []
+    for name in wanted:
+        one = Study(name, workspace)
+        summary = report(one)
+        summary["planned"] = one.meta("study", {"config": {"trials": None}})["config"]["trials"]
+        summary["running"] = [t.number for t in one.trials if not t.state.is_finished]
+        summaries.append(summary)
+    if as_json:
+        return _print_json(summaries[0] if study is not None else summaries)
+    if not summaries:
+        click.echo(f"no studies in {folder}; start one with `heldout launch SPACE`")
+    for summary in summaries:
+        done = sum(summary["trials"].values())
+        best = (
+            "none yet"
+            if summary["best"] is None
+            else f"{number(summary['best']['validation'])} (trial {summary['best']['trial']})"
+        )
+        running = (
+            f", running {', '.join(map(str, summary['running']))}"
+            if summary["running"] and summary["state"] == "RUNNING"
+            else ""
+        )
+        failed = f", {summary['trials']['failed']} failed" if summary["trials"]["failed"] else ""
+        click.echo(
+            f"{summary['study']}: {summary['state'].lower()}, {done} of {summary['planned']} trials{failed}{running}; "
+            f"best {summary['objective']} {best}"
+        )
+
+
+@main.command()
+@click.argument("study", required=False)
+@_workspace
+@_as_json
+def report(study: str | None, workspace: str | None, as_json: bool) -> None:
+    """Print what STUDY found, and what to believe of it."""
+    from search.report import lines
+    from search.report import report as make
+    from search.study import Study
+
+    found = make(Study(study, workspace))
+    if as_json:
+        return _print_json(found)
+    for line in lines(found):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("study")
+@click.argument("trial", type=int)
+@_workspace
+@_as_json
+def show(study: str, trial: int, workspace: str | None, as_json: bool) -> None:
+    """Show one TRIAL of STUDY: parameters, epochs, and all it printed."""
+    from search.study import Study
+
+    found = Study(study, workspace)
+    one = {t.number: t for t in found.trials}.get(trial)
+    if one is None:
+        raise RequestError(f"study {study!r} has no trial {trial}; it has {len(found.trials)}, from 0")
+    with found.journal() as journal:
+        reports = journal.reports(trial=trial)
+    log = found.folder / "trials" / f"{trial:04d}" / "log.txt"
+    printed = log.read_text(errors="replace") if log.exists() else ""
+    if as_json:
+        epochs = [{"attempt": r.attempt, "step": r.step, "metrics": dict(r.metrics)} for r in reports]
+        return _print_json(one.to_json() | {"reports": epochs, "log": printed})
+    _print_trial(one, [(r.step, dict(r.metrics)) for r in reports if r.attempt == one.attempt], printed)
+
+
+@main.command()
+@click.argument("study", required=False)
+@click.option("--out", required=True, metavar="DIR", help="A new or empty folder.")
+@click.option("--trial", type=int, help="Number of the trial [the best].")
+@click.option("--format", "format_", type=click.Choice(["keras", "saved_model"]), default="keras", show_default=True)
+@click.option("--register", metavar="NAME", help="Also put it in MLflow's registry, with the alias champion.")
+@_workspace
+@_as_json
+def export(
+    study: str | None,
+    out: str,
+    trial: int | None,
+    format_: str,
+    register: str | None,
+    workspace: str | None,
+    as_json: bool,
+) -> None:
+    """Write STUDY's best model, its lineage and a model card to a folder."""
+    from search.export import export as run
+    from search.study import Study
+
+    with _watching(None, as_json) as watcher:
+        lineage = run(Study(study, workspace), out, trial=trial, format=format_, register=register, watcher=watcher)
+    if as_json:
+        return _print_json(lineage)
+    click.echo(f"trial {lineage['trial']} is in {out}: model.keras, lineage.json, MODEL_CARD.md, space.py")
+    for tier, score in lineage["scores"].items():
+        click.echo(f"    {tier} {lineage['objective'].removeprefix('val_')}: {score['score']:.6g}")
+    if "registered" in lineage:
+        click.echo(f"registered as {lineage['registered']['uri']} (version {lineage['registered']['version']})")
+
+
+@main.command()
+@click.argument("study")
+@_workspace
+@_as_json
+def evaluate(study: str, workspace: str | None, as_json: bool) -> None:
+    """Open the sealed test rows for STUDY's winner and baseline; counted."""
+    from search.evaluation import evaluate as run
+    from search.study import Study
+
+    found = Study(study, workspace)
+    with _watching(None, as_json) as watcher:
+        run(found, watcher=watcher)
+    _finished(found, as_json)
+
+
+@main.command()
+@click.option("--port", type=int, default=5000, show_default=True)
+@_workspace
+def ui(port: int, workspace: str | None) -> None:
+    """Start MLflow's UI on the workspace, on this machine only."""
+    from search.study import names, workspace_folder
+    from search.ui import serve
+
+    folder = workspace_folder(workspace)
+    click.echo("starting MLflow's server, which takes some seconds …")
+    with serve(folder, port) as server:
+        click.echo(f"MLflow shows the workspace at {server.url}/?workflowType=machine_learning (stop with Ctrl-C)")
+        for name in names(folder)[-5:]:
+            link = _compare_link(name, workspace, server.url)
+            if link:
+                click.echo(f"all trials of {name}: {link}")
+        with contextlib.suppress(KeyboardInterrupt):
+            server.wait()
+
+
+# ── printing ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def _watching(planned: int | None, as_json: bool) -> Iterator[Any]:
+    """A live view on standard error, so that standard output carries the result alone."""
+    from rich.console import Console
+
+    from search.view import View
+
+    if as_json:
+        yield None
+        return
+    with View(Console(stderr=True), planned) as view:
+        yield view
+
+
+def _tags(given: tuple[str, ...]) -> dict[str, str]:
+    pairs = [tag.partition("=") for tag in given]
+    wrong = [tag for tag, (key, mark, _) in zip(given, pairs, strict=True) if not key or not mark]
+    if wrong:
+        raise RequestError(f"--tag must be K=V, but got {wrong[0]!r}")
+    return {key: value for key, _, value in pairs}
+
+
+def _print_json(found: Any) -> None:
+    click.echo(json.dumps(found, indent=2, default=str))
+
+
+def _finished(study: Any, as_json: bool) -> None:
+    from search.report import lines
+    from search.report import report as make
+
+    found = make(study)
+    if as_json:
+        _print_json(found)
+    else:
+        for line in lines(found):
+            click.echo(line)
+        uri = str(found["tracking"]["uri"] or "")
+        link = _compare_link(
+            study.name, str(study.workspace), uri if uri.startswith("http") else "http://127.0.0.1:5000"
+        )
+        hint = "" if uri.startswith("http") else "after `heldout ui`: "
+        if link:
+            click.echo(f"all trials in MLflow: {hint}{link}")
+        if found["best"] is not None:
+            click.echo(f"export the model: heldout export {study.name} --out {study.name}-model")
+    if found["best"] is None:
+        raise StudyFailed(f"no trial of study {study.name!r} completed; `heldout show {study.name} 0` shows the first")
+
+
+def _compare_link(name: str, workspace: str | None, base: str) -> str | None:
+    from search import publishing
+    from search.study import Study
+
+    found = publishing.read(Study(name, workspace).folder)
+    runs = [run for _, run in sorted(found.get("runs", {}).items(), key=lambda item: int(item[0]))]
+    return publishing.compare_link(base, found["experiment_id"], runs) if runs else None
+
+
+def _print_check(found: dict[str, Any]) -> None:
+    from search.report import number
+
+    data = found["data"]
+    tiers = ", ".join(f"{name} {count}" for name, count in data["tiers"].items())
+    click.echo(
+        f"{found['name']}: {found['objective']} ({found['direction']}), {found['size']} weights in the default model"
+    )
+    click.echo(f"rows: {data['rows']} ({tiers}); labels of guard and test are sealed")
+    for warning in data["warnings"]:
+        click.echo(f"note: {warning}")
+    click.echo("parameters:" if found["complete"] else "parameters found within the time limit (more may follow):")
+    for key, domain in found["space"].items():
+        click.echo(f"    {key}: {_domain(domain)}")
+    click.echo(f"the model reports: {', '.join(found['reported'])}")
+    click.echo(
+        f"plan: {found['trials']} trials of up to {found['epochs']} epochs on {found['slots']} slots, "
+        f"{number(found['epoch_seconds'])} s an epoch: about {found['estimate_seconds'] / 60:.1f} minutes"
+    )
+
+
+def _domain(domain: dict[str, Any]) -> str:
+    default = f", default {domain['default']}"
+    if domain["kind"] in ("choice", "fixed", "boolean"):
+        return f"{domain['kind']} {', '.join(map(str, domain.get('values') or (False, True)))}{default}"
+    step = f", step {domain['step']}" if domain.get("step") else ""
+    scale = f", {domain['sampling']}" if domain.get("sampling") not in (None, "linear") else ""
+    return f"{domain['kind']} {domain['low']} to {domain['high']}{step}{scale}{default}"
+
+
+def _print_trial(trial: Trial, reports: list[tuple[int, dict[str, float]]], printed: str) -> None:
+    score = "" if trial.score is None else f", validation score {trial.score:.6g}"
+    click.echo(f"trial {trial.number}: {trial.state}{score}, seed {trial.seed}, attempt {trial.attempt}")
+    if trial.reason:
+        click.echo(f"{trial.reason}: {trial.message}")
+    for key, value in trial.params.items():
+        click.echo(f"    {key} = {value}")
+    for step, metrics in reports:
+        click.echo(f"epoch {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    if printed.strip():
+        click.echo("it printed:")
+        click.echo(printed.rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Scoring by a metric that only Keras knows: the compiled metric object over saved predictions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from search import scoring, training
+from search.data import load_structure
+from search.errors import SpaceError
+from search.problem import SpaceModule
+from search.tracing import TracingHyperParameters
+
+
+def score(payload: dict[str, Any], module: SpaceModule) -> dict[str, Any]:
+    """Values of the objective's own Keras metric or loss for several sets of rows.
+
+    Args:
+        payload: ``objective``; ``sets``: name to ``predictions`` (paths, one per output) and ``labels``
+            (a structure of paths, see ``data.load_structure``).
+        module: The executed space module, whose default model brings the metric.
+
+    Returns:
+        ``values``: name to value.
+    """
+    model = training.build(module, TracingHyperParameters(None, 0, True))
+    names = training.output_names(model)
+    values = {}
+    for name, paths in payload["sets"].items():
+        predicted = [np.load(path, allow_pickle=False) for path in paths["predictions"]]
+        labels = scoring.in_order(load_structure(paths["labels"]), names)
+        values[name] = _value(model, payload["objective"].removeprefix("val_"), names, predicted, labels)
+    return {"values": values}
+
+
+def _value(model: keras.Model, wanted: str, names: list[str], predicted: list[Any], labels: list[Any]) -> float:
+    several = len(names) > 1
+    y_true: Any = dict(zip(names, labels, strict=True)) if several else labels[0]
+    y_pred: Any = dict(zip(names, predicted, strict=True)) if several else predicted[0]
+    if several and not isinstance(model.output, dict):
+        y_true, y_pred = labels, predicted
+    if wanted == "loss":
+        # The compiled loss over all rows; penalties on weights are not part of a score.
+        return float(keras.ops.convert_to_numpy(model.compute_loss(y=y_true, y_pred=y_pred, training=False)))
+    model.reset_metrics()
+    result = keras.tree.map_structure(float, model.compute_metrics(None, y_true, y_pred))
+    if wanted not in result:
+        raise SpaceError(f"the default model does not report {wanted!r}; it reports {', '.join(result)}")
+    return float(result[wanted])

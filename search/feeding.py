@@ -1,0 +1,134 @@
+"""Feeding rows to Keras: in-memory gathers for small data, gathers from the memory map for large."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+
+from search.data import OpenRows
+
+
+def joined(rows: OpenRows, tier: str, preprocess: keras.Model | None, index: np.ndarray | None = None) -> Any:
+    """Features of a tier in memory, preprocessed, in the structure that ``load()`` gave."""
+    features = rows.features(tier, index)
+    if preprocess is None:
+        return features
+    return preprocess.predict(as_fed(features), verbose=0, batch_size=1024)
+
+
+def as_fed(features: Any) -> Any:
+    """Strings as backend tensors, since Keras does not take NumPy's unicode arrays; all else as it is."""
+
+    def one(array: np.ndarray) -> Any:
+        if array.dtype.kind != "U":
+            return array
+        import tensorflow as tf
+
+        return tf.constant(array)
+
+    return keras.tree.map_structure(one, features)
+
+
+def batches(
+    rows: OpenRows,
+    tier: str,
+    preprocess: keras.Model | None,
+    *,
+    batch: int,
+    budget: int,
+    seed: int | None = None,
+) -> Any:
+    """Batches of ``(x, y)`` or ``(x, y, weight)`` for ``fit``; shuffled anew every epoch when a seed is given.
+
+    Rows are copied into the process only when they take at most ``budget`` bytes. The order depends
+    on the seed alone.
+
+    Returns:
+        A ``tf.data.Dataset`` on the TensorFlow backend, a ``keras.utils.PyDataset`` on the others.
+    """
+    small = rows.nbytes(tier) <= budget
+    weights = rows.weights() if tier == "train" else None
+    labels = (rows.labels(tier),) if weights is None else (rows.labels(tier), weights)
+    features = joined(rows, tier, preprocess) if small else None
+    if keras.backend.backend() != "tensorflow":
+        return _Gathered(rows, tier, preprocess, features, labels, batch, seed)
+    return _tf_batches(rows, tier, preprocess, features, labels, batch, seed)
+
+
+def _tf_batches(
+    rows: OpenRows,
+    tier: str,
+    preprocess: Any,
+    features: Any,
+    labels: tuple[Any, ...],
+    batch: int,
+    seed: int | None,
+) -> Any:
+    import tensorflow as tf
+
+    count = rows.size(tier)
+    index = tf.data.Dataset.range(count)
+    if seed is not None:
+        index = index.shuffle(count, seed=seed, reshuffle_each_iteration=True)
+    with tf.device("/CPU:0"):
+        held = keras.tree.map_structure(tf.constant, labels if features is None else (features, *labels))
+
+    def gather(at: Any) -> Any:
+        return keras.tree.map_structure(lambda part: tf.gather(part, at), held)
+
+    def gather_mapped(at: Any) -> Any:
+        like = keras.tree.flatten(rows.features(tier, np.zeros(1, dtype=np.int64)))
+        parts = tf.numpy_function(
+            lambda i: keras.tree.flatten(rows.features(tier, i)),
+            [at],
+            [tf.as_dtype(part.dtype) for part in like],
+            stateful=False,
+        )
+        for part, shape in zip(parts, like, strict=True):
+            part.set_shape((None, *shape.shape[1:]))
+        x = keras.tree.pack_sequence_as(rows.features(tier, np.zeros(1, dtype=np.int64)), parts)
+        return (x if preprocess is None else preprocess(x), *gather(at))
+
+    # Batches of indices, one gather a batch: per-row pipelines cost more than a small model's step.
+    data = index.batch(batch).map(gather if features is not None else gather_mapped)
+    return data.prefetch(2)
+
+
+class _Gathered(keras.utils.PyDataset):
+    """The same rows for backends without ``tf.data``."""
+
+    def __init__(
+        self,
+        rows: OpenRows,
+        tier: str,
+        preprocess: Any,
+        features: Any,
+        labels: Any,
+        batch: int,
+        seed: int | None,
+    ) -> None:
+        super().__init__()
+        self._rows, self._tier, self._preprocess, self._batch = rows, tier, preprocess, batch
+        self._features, self._labels = features, labels
+        self._rng = None if seed is None else np.random.default_rng(seed)
+        self._order = np.arange(rows.size(tier))
+        self.on_epoch_end()
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._order) / self._batch)
+
+    def __getitem__(self, number: int) -> Any:
+        at = self._order[number * self._batch : (number + 1) * self._batch]
+        if self._features is not None:
+            x = keras.tree.map_structure(lambda part: part[at], self._features)
+        else:
+            x = joined(self._rows, self._tier, self._preprocess, at)
+        return (x, *keras.tree.map_structure(lambda part: part[at], self._labels))
+
+    def on_epoch_end(self) -> None:
+        """Shuffle for the next epoch."""
+        if self._rng is not None:
+            self._rng.shuffle(self._order)

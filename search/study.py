@@ -1,0 +1,338 @@
+"""StudyConfig, parsed and checked once; naming, opening, listing and locking studies."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from search.errors import RequestError, StudyError
+from search.journal import Journal
+from search.space import Space
+from search.trial import Trial, best
+
+if TYPE_CHECKING:
+    import pandas
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What was asked for, with every value checked.
+
+    Attributes:
+        space: Path, dotted name, or short name of the space module.
+        trials: Trials in all, the baseline included.
+        sampler: Name in ``samplers.SAMPLERS``.
+        workers: CPU slots, or None for one per core.
+        gpus: ``"auto"``, ``"none"``, or device numbers such as ``"0,1"``.
+        trials_per_gpu: Trials that share one GPU.
+        gpus_per_trial: GPUs that one trial gets.
+        seed: Of proposals and trainings; never moves a row between tiers.
+        split_seed: Of the split of rows into tiers.
+        study: The study's name, or None for the space's name and a number.
+        epochs: Overrides the module's number of epochs.
+        evaluate: ``"auto"`` opens test rows that no study has opened, ``"yes"`` opens them again,
+            ``"no"`` leaves them sealed.
+        start_method: ``"fork"`` or ``"spawn"``, or None for what the platform has.
+        tags: Put on every MLflow run of the study.
+        workspace: The one folder that everything is written under.
+        tracking_uri: MLflow's, or None for the workspace's own SQLite file.
+
+    Raises:
+        RequestError: If a value cannot be meant.
+    """
+
+    space: str
+    trials: int = 30
+    sampler: str = "tpe"
+    workers: int | None = None
+    gpus: str | None = None
+    trials_per_gpu: int | None = None
+    gpus_per_trial: int | None = None
+    seed: int = 0
+    split_seed: int = 0
+    study: str | None = None
+    epochs: int | None = None
+    evaluate: str = "auto"
+    start_method: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    workspace: str | None = None
+    tracking_uri: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "epochs", "workers", "trials_per_gpu", "gpus_per_trial"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise RequestError(f"{_flag(name)} must be a whole number of at least 1, but got {value!r}")
+        for name in ("seed", "split_seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise RequestError(f"{_flag(name)} must be a whole number of at least 0, but got {value!r}")
+        for name, allowed in (("evaluate", ("auto", "yes", "no")), ("start_method", (None, "fork", "spawn"))):
+            if getattr(self, name) not in allowed:
+                words = ", ".join(str(word) for word in allowed if word)
+                raise RequestError(f"{_flag(name)} must be one of {words}, but got {getattr(self, name)!r}")
+        if self.study is not None:
+            check_name(self.study)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object for journal and MLflow."""
+        return dataclasses.asdict(self) | {"tags": dict(self.tags)}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_name(name: str) -> str:
+    """``name``, if it can name a study and its folder.
+
+    Raises:
+        StudyError: Otherwise.
+    """
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise StudyError(
+            "a study's name must be letters, digits, '.', '_' and '-', starting with a letter or digit, "
+            f"but got {name!r}"
+        )
+    return name
+
+
+def workspace_folder(given: str | os.PathLike[str] | None = None) -> Path:
+    """The workspace: as given, else ``HELDOUT_WORKSPACE``, else ``./heldout-workspace``; absolute, "
+    "perhaps not there yet."""
+    return Path(given or os.environ.get("HELDOUT_WORKSPACE") or "heldout-workspace").expanduser().absolute()
+
+
+def make_workspace(folder: Path) -> None:
+    """Create the workspace if need be.
+
+    Raises:
+        RequestError: If it cannot be written.
+    """
+    try:
+        (folder / "studies").mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK) and os.access(folder / "studies", os.W_OK)
+    except OSError as error:
+        raise RequestError(
+            f"the workspace {folder} cannot be created: {error.strerror}; choose another with --workspace"
+        ) from None
+    if not writable:
+        raise RequestError(f"the workspace {folder} must be writable, but it is not; choose another with --workspace")
+
+
+def reserve(workspace: Path, name: str | None, space: str) -> Path:
+    """Make the new study's folder, which takes its name.
+
+    Raises:
+        StudyError: If the given name is taken.
+    """
+    studies = workspace / "studies"
+    if name is not None:
+        try:
+            (studies / check_name(name)).mkdir()
+        except FileExistsError:
+            raise StudyError(
+                f"there is a study called {name!r} already; continue it with `heldout resume {name}`, or "
+                "choose another --study"
+            ) from None
+        return studies / name
+    base = re.sub(r"[^A-Za-z0-9._-]", "_", space).lstrip("._-") or "study"
+    number = 1
+    while True:
+        try:
+            (studies / f"{base}-{number}").mkdir()
+            return studies / f"{base}-{number}"
+        except FileExistsError:
+            number += 1
+
+
+def release(folder: Path) -> None:
+    """Take back ``reserve``: nothing half-written stays of a study that never began."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the study for one driver; the lock dies with its process.
+
+    Raises:
+        StudyError: If another process drives the study.
+    """
+    import fcntl
+
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise StudyError(
+                f"study {folder.name!r} is being driven already, by {file.read().strip() or 'another process'}"
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+def is_driven(folder: Path) -> bool:
+    """Whether a living process drives the study."""
+    try:
+        with locked_for_reading(folder):
+            return False
+    except StudyError:
+        return True
+
+
+@contextlib.contextmanager
+def locked_for_reading(folder: Path) -> Iterator[None]:
+    """Fail with StudyError while a driver holds the study; leaves the lock file's text alone."""
+    import fcntl
+
+    path = folder / "lock"
+    if not path.exists():
+        yield
+        return
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            raise StudyError(f"study {folder.name!r} is being driven") from None
+        yield
+
+
+def names(workspace: Path) -> list[str]:
+    """Names of the workspace's studies, the newest last."""
+    found = [path.parent for path in (workspace / "studies").glob("*/journal.sqlite")]
+    return [folder.name for folder in sorted(found, key=lambda folder: (folder.stat().st_ctime, folder.name))]
+
+
+class Study:
+    """One study, read from its journal.
+
+    Args:
+        name: The study's name; None for the workspace's only or newest study.
+        workspace: The workspace; see ``workspace_folder``.
+
+    Raises:
+        StudyError: If there is no such study.
+    """
+
+    def __init__(self, name: str | None = None, workspace: str | os.PathLike[str] | None = None) -> None:
+        folder = workspace_folder(workspace)
+        have = names(folder)
+        if name is None:
+            if not have:
+                raise StudyError(f"there is no study in {folder}; start one with `heldout launch SPACE`")
+            name = have[-1]
+        if check_name(name) not in have:
+            listed = f"it has {', '.join(have)}" if have else "it has none"
+            raise StudyError(f"there is no study called {name!r} in {folder}; {listed}")
+        self.name = name
+        self.workspace = folder
+        self.folder = folder / "studies" / name
+
+    def __repr__(self) -> str:
+        return f"Study({self.name!r}, workspace={str(self.workspace)!r})"
+
+    @contextlib.contextmanager
+    def journal(self) -> Iterator[Journal]:
+        """The study's journal, for reading."""
+        journal = Journal.open(self.folder / "journal.sqlite", read_only=True)
+        try:
+            yield journal
+        finally:
+            journal.close()
+
+    def meta(self, key: str, default: Any = None) -> Any:
+        """One of the journal's meta values: ``study``, ``state``, ``prepared``, ``evaluation``, …."""
+        with self.journal() as journal:
+            found = journal.get(key)
+        return default if found is None else found
+
+    @property
+    def state(self) -> str:
+        """``RUNNING``, ``COMPLETE``, ``FAILED``, or ``STOPPED`` (which includes a driver that died)."""
+        state = str(self.meta("state", "RUNNING"))
+        return "STOPPED" if state == "RUNNING" and not is_driven(self.folder) else state
+
+    @property
+    def objective(self) -> str:
+        """The validation metric searched for."""
+        return str(self.meta("study")["objective"])
+
+    @property
+    def direction(self) -> str:
+        """``"min"`` or ``"max"``."""
+        return str(self.meta("study")["direction"])
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """All trials so far, by number."""
+        with self.journal() as journal:
+            return journal.history()
+
+    @property
+    def best_trial(self) -> Trial | None:
+        """The complete trial with the best validation score, or None."""
+        return best(self.trials)
+
+    @property
+    def space(self) -> Space:
+        """The space as far as it is known."""
+        with self.journal() as journal:
+            return journal.space()
+
+    def trials_dataframe(self) -> pandas.DataFrame:
+        """One row per trial: number, state, score, seconds, epochs, reason, and ``params.NAME`` columns."""
+        import pandas
+
+        rows = []
+        for t in self.trials:
+            row = {
+                "number": t.number,
+                "state": t.state.value,
+                "score": t.score,
+                "seconds": t.seconds,
+                "epochs": t.epochs,
+            }
+            rows.append(
+                row | {"reason": t.reason, "message": t.message} | {f"params.{k}": v for k, v in t.params.items()}
+            )
+        return pandas.DataFrame(rows)
+
+    def report(self) -> dict[str, Any]:
+        """The study in one JSON object (see README, "The report")."""
+        from search.report import report
+
+        return report(self)
+
+    def export(self, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+        """Write the best model, or ``trial=N``, to a folder; see ``search.export``."""
+        from search.export import export
+
+        return export(self, out, **options)
+
+    def evaluate(self, **options: Any) -> dict[str, Any]:
+        """Open the sealed test rows for winner and baseline; see ``search.evaluate``."""
+        from search.evaluation import evaluate
+
+        return evaluate(self, **options)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the study's folder, empty if it is not there."""
+        try:
+            found: dict[str, Any] = json.loads((self.folder / name).read_text())
+        except FileNotFoundError:
+            found = {}
+        return found

@@ -1,0 +1,382 @@
+"""Build, fit and predict: everything of a trial that touches Keras."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from search.data import OpenRows
+from search.errors import SpaceError, TrialFailed
+from search.feeding import batches, joined
+from search.problem import SpaceModule, first_line
+from search.scoring import in_order
+from search.tracing import TracingHyperParameters
+
+DEFAULT_EPOCHS = 30
+DEFAULT_BATCH = 32
+_MOST_STEPS_AT_ONCE = 1000
+_EAGER_BATCHES = 4
+_PREDICT_STEP = keras.Model.predict_step
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What is known of a model after training, its chosen weights in place.
+
+    Attributes:
+        epochs: Epochs finished.
+        best_epoch: Epoch of the chosen weights, from 1, or None if training reported no objective.
+        reported: Keras' own logs at that epoch, for comparison; the score is the scorer's.
+    """
+
+    epochs: int
+    best_epoch: int | None
+    reported: Mapping[str, float]
+
+
+def build(module: SpaceModule, hp: TracingHyperParameters) -> keras.Model:
+    """The module's compiled model for ``hp``; call it once per process, since metric names drift on a second build.
+
+    Raises:
+        TrialFailed: ``invalid`` if ``build`` raised.
+        SpaceError: If it returned something else than a compiled Keras model.
+    """
+    try:
+        model = module.build(hp)
+    except (SpaceError, MemoryError):
+        raise
+    except Exception as error:
+        raise TrialFailed(
+            "invalid", f"{module.line(error)}: build(hp) raised {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not isinstance(model, keras.Model):
+        raise SpaceError(
+            f"{module.problem.path}: build(hp) must return a keras.Model, but returned "
+            f"{type(model).__name__}; add `return model`"
+        )
+    if not model.compiled:
+        raise SpaceError(
+            f"{module.problem.path}: build(hp) must return a compiled model; add "
+            "`model.compile(optimizer=..., loss=..., metrics=[...])` before the return"
+        )
+    return model
+
+
+def ends(model: keras.Model) -> tuple[Any, Any] | None:
+    """The symbolic inputs and outputs of a model in their structure; None for a subclassed one, which has none."""
+    if isinstance(model, keras.Sequential):  # one that was never called refuses `input`
+        return (model.inputs[0], model.outputs[0]) if model.built else None
+    try:
+        return model.input, model.output
+    except (AttributeError, ValueError):
+        return None
+
+
+def output_names(model: keras.Model) -> list[str]:
+    """Names of the outputs as Keras reports them, in the order of flattened predictions."""
+    known = ends(model)
+    if known is not None and isinstance(known[1], dict):
+        return sorted(known[1])
+    return list(getattr(model, "output_names", ["output"]))  # a Sequential has no names, and one output
+
+
+def declare(model: keras.Model) -> dict[str, Any]:
+    """What the scorer needs to know of a compiled model, as JSON (see ``scoring``)."""
+    names = output_names(model)
+    config = model.get_compile_config() if model.compiled else {}
+    losses = _per_output(config.get("loss"), names)
+    weights = _per_output(config.get("loss_weights"), names, share=False)
+    outputs = []
+    shapes = _output_shapes(model, names)
+    for name, loss, weight, shape in zip(names, losses, weights, shapes, strict=True):
+        kind, settings = _described(loss)
+        outputs.append(
+            {
+                "name": name,
+                "loss": kind,
+                "from_logits": bool(settings.get("from_logits", False)),
+                "label_smoothing": float(settings.get("label_smoothing", 0.0) or 0.0),
+                "weight": 1.0 if weight is None else float(weight),
+                "shape": shape,
+                "config": settings,
+            }
+        )
+    metrics = []
+    for part in ("metrics", "weighted_metrics"):
+        for name, wanted in zip(names, _per_output(config.get(part), names, many=True), strict=True):
+            for one in wanted or []:
+                kind, settings = _described(one)
+                reported = settings.get("name") or (one if isinstance(one, str) else kind)
+                prefix = f"{name}_" if len(names) > 1 else ""
+                metrics.append(
+                    {
+                        "output": name,
+                        "name": f"{prefix}{reported}",
+                        "kind": kind or "custom",
+                        "config": settings,
+                    }
+                )
+    return {"outputs": outputs, "metrics": metrics}
+
+
+def _output_shapes(model: keras.Model, names: list[str]) -> list[list[int | None]]:
+    known = ends(model)
+    if known is None:
+        return [[None]] * len(names)
+    out = known[1]
+    parts = [out[name] for name in names] if isinstance(out, dict) else out if isinstance(out, list | tuple) else [out]
+    return [list(part.shape) for part in parts]
+
+
+def _per_output(given: Any, names: list[str], many: bool = False, share: bool = True) -> list[Any]:
+    """Spread a compile argument (one, a list, or a dict) over the outputs, the way Keras does."""
+    serialized = isinstance(given, dict) and "class_name" in given
+    if isinstance(given, dict) and not serialized:
+        return [_as_list(given.get(name)) if many else given.get(name) for name in names]
+    if isinstance(given, list | tuple):
+        if many and (len(names) == 1 or not any(isinstance(item, list | tuple) for item in given)):
+            return [list(given[0]) if len(given) == 1 and isinstance(given[0], list | tuple) else list(given)] * len(
+                names
+            )
+        if len(given) == len(names):
+            return [_as_list(item) if many else item for item in given]
+    value = _as_list(given) if many else given
+    return [value] * len(names) if share or len(names) == 1 else [value] + [None] * (len(names) - 1)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _described(item: Any) -> tuple[str | None, dict[str, Any]]:
+    """Snake-case name and config of a loss or metric; the name is None for one of the user's own."""
+    if item is None:
+        return None, {}
+    if isinstance(item, str):
+        return item, {}
+    config = item.get("config")
+    module = item.get("module") or ""
+    plain = (bool, int, float, str, list)
+    settings = {k: v for k, v in config.items() if isinstance(v, plain)} if isinstance(config, dict) else {}
+    if item.get("registered_name") not in (None, item.get("class_name")) or not module.startswith("keras"):
+        name = config if isinstance(config, str) else item.get("class_name")
+        known = module == "builtins" and isinstance(name, str) and hasattr(keras.losses, name)
+        return (name if known else None), {"name": name} | settings
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", item["class_name"]).lower(), settings
+
+
+class Reporter(keras.callbacks.Callback):
+    """Sends Keras' logs after every epoch and ends the trial when the loss is not a number."""
+
+    def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__()
+        self.epochs: list[dict[str, float]] = []
+        self._send = send
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Report one epoch."""
+        metrics = {name: float(value) for name, value in (logs or {}).items() if np.ndim(value) == 0}
+        self.epochs.append(metrics)
+        self._send({"type": "report", "step": len(self.epochs), "metrics": metrics})
+        if math.isnan(metrics.get("loss", 0.0)):
+            raise TrialFailed(
+                "nan", f"the training loss became NaN in epoch {len(self.epochs)}; try a lower learning rate"
+            )
+
+
+def fit(
+    module: SpaceModule,
+    model: keras.Model,
+    hp: TracingHyperParameters,
+    rows: OpenRows,
+    preprocess: keras.Model | None,
+    *,
+    objective: str,
+    direction: str,
+    epochs: int | None,
+    budget: int,
+    seed: int,
+    send: Callable[[dict[str, Any]], None],
+) -> Fitted:
+    """Train ``model`` on the train rows and leave the chosen epoch's weights in it.
+
+    The chosen epoch is the best by ``objective`` on validation rows. Guard and test rows are not
+    touched here.
+
+    Args:
+        epochs: Overrides the number of epochs of the module and of ``hp``.
+        budget: Bytes of rows that may be copied into this process; larger data are gathered from
+            the memory map batch by batch.
+    """
+    most = epochs or int(hp.values.get("epochs", module.epochs or DEFAULT_EPOCHS))
+    batch = int(hp.values.get("batch_size", DEFAULT_BATCH))
+    own = module.fit
+    reporter = Reporter(send)
+    stopping = keras.callbacks.EarlyStopping(
+        monitor=objective,
+        mode=direction,
+        patience=max(10, most // 5) if own is None else most + 1,
+        restore_best_weights=True,
+    )
+    callbacks = [reporter, stopping, *module.callbacks(hp)]
+    keras.utils.set_random_seed(seed)
+    if own is None:
+        if model.built:
+            # Variables that appear while Keras traces its training function make it trace a second time.
+            model.optimizer.build(model.trainable_variables)
+        train = batches(rows, "train", preprocess, batch=batch, budget=budget, seed=seed)
+        validation = batches(rows, "validation", preprocess, batch=_large(rows), budget=budget)
+        _run_whole_epochs(model, math.ceil(rows.size("train") / batch), callbacks)
+        # The batches come shuffled; asking Keras to shuffle them again would only make it warn.
+        model.fit(train, validation_data=validation, epochs=most, callbacks=callbacks, shuffle=False, verbose=0)
+    else:
+        _fit_by_module(own, hp, model, rows, preprocess, budget, batch, most, callbacks, seed)
+    at = stopping.best_epoch if reporter.epochs and objective in reporter.epochs[-1] else None
+    reported = reporter.epochs[at if at is not None else -1] if reporter.epochs else {}
+    return Fitted(len(reporter.epochs), None if at is None else at + 1, reported)
+
+
+def _fit_by_module(
+    own: Callable[..., Any],
+    hp: TracingHyperParameters,
+    model: keras.Model,
+    rows: OpenRows,
+    preprocess: keras.Model | None,
+    budget: int,
+    batch: int,
+    epochs: int,
+    callbacks: list[Any],
+    seed: int,
+) -> None:
+    """Call the module's own fit the way KerasTuner does: ``fit(hp, model, x, y, validation_data=…, …)``."""
+    if rows.nbytes("train") + rows.nbytes("validation") <= budget:
+        data: tuple[Any, ...] = (joined(rows, "train", preprocess), rows.labels("train"))
+        validation: Any = (joined(rows, "validation", preprocess), rows.labels("validation"))
+    else:
+        data = (batches(rows, "train", preprocess, batch=batch, budget=budget, seed=seed),)
+        validation = batches(rows, "validation", preprocess, batch=_large(rows), budget=budget)
+    weights = rows.weights()
+    extra = {"sample_weight": weights} if weights is not None and len(data) == 2 else {}
+    own(hp, model, *data, validation_data=validation, epochs=epochs, callbacks=callbacks, verbose=0, **extra)
+
+
+def _run_whole_epochs(model: keras.Model, steps: int, callbacks: Sequence[Any]) -> None:
+    """Let one call of the compiled function run a whole epoch, where nothing needs to see single batches.
+
+    The functions are reset because one that was compiled before would keep its old number of steps
+    and silently train on a part of the rows.
+    """
+    base = keras.callbacks.Callback
+    hooks = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
+    by_batch = any(getattr(type(c), hook) is not getattr(base, hook) for c in callbacks for hook in hooks)
+    if keras.backend.backend() != "torch":
+        model.steps_per_execution = 1 if by_batch else max(1, min(steps, _MOST_STEPS_AT_ONCE))
+    forget_functions(model)
+
+
+def forget_functions(model: keras.Model) -> None:
+    """Make Keras compile its functions anew, with the current number of steps."""
+    model.train_function = None
+    model.test_function = None
+    model.predict_function = None
+
+
+def _large(rows: OpenRows) -> int:
+    """A batch for validation after every epoch."""
+    return _rows_in(64 << 20, rows.nbytes("validation") / max(1, rows.size("validation")))
+
+
+def _rows_in(room: int, bytes_per_row: float) -> int:
+    return int(min(1024, max(32, room // max(1, bytes_per_row))))
+
+
+def predict_batch(features: Any) -> int:
+    """Rows per prediction batch: large, but under about 64 MiB of features.
+
+    Sums of floats depend on the batch a little, so an export records this number.
+    """
+    leaves = keras.tree.flatten(features)
+    return _rows_in(64 << 20, sum(int(np.prod(leaf.shape[1:])) * 8 for leaf in leaves))
+
+
+def predict(model: keras.Model, features: Any) -> list[np.ndarray]:
+    """Predictions for rows in memory, one array per output in the order of ``output_names``.
+
+    Raises:
+        TrialFailed: ``invalid`` if the model returns another number of rows than it was given.
+    """
+    count = len(keras.tree.flatten(features)[0])
+    batch = predict_batch(features)
+    if count <= _EAGER_BATCHES * batch and type(model).predict_step is _PREDICT_STEP:
+        # Compiling a function for a handful of batches costs more than running them without one.
+        parts = [_eagerly(model, features, slice(at, at + batch)) for at in range(0, count, batch)]
+        out = keras.tree.map_structure(lambda *pieces: np.concatenate(pieces), *parts)
+    else:
+        if keras.backend.backend() != "torch":
+            model.steps_per_execution = 1
+        forget_functions(model)
+        out = model.predict(features, batch_size=batch, verbose=0)
+    arrays = in_order(out, sorted(out) if isinstance(out, dict) else [])
+    for part in arrays:
+        if len(part) != count:
+            raise TrialFailed(
+                "invalid", f"the model must return one row per example, but returned {len(part)} rows for {count}"
+            )
+    return arrays
+
+
+def _eagerly(model: keras.Model, features: Any, rows: slice) -> Any:
+    out = model(keras.tree.map_structure(lambda part: part[rows], features), training=False)
+    return keras.tree.map_structure(keras.ops.convert_to_numpy, out)
+
+
+def compose(model: keras.Model, preprocess: keras.Model | None, spec: Mapping[str, Any]) -> keras.Model:
+    """One model from raw features to predictions, without losses or metrics.
+
+    Args:
+        spec: The manifest's description of x: kind, names, shapes (with the number of rows first), dtypes.
+    """
+    known = ends(model)
+    if preprocess is None and known is not None:
+        return keras.Model(*known, name=model.name)
+    inputs = [
+        keras.Input(shape[1:], dtype="string" if dtype.startswith("<U") else dtype, name=name)
+        for name, shape, dtype in zip(spec["names"], spec["shapes"], spec["dtypes"], strict=True)
+    ]
+    given: Any = (
+        inputs[0]
+        if spec["kind"] == "array"
+        else dict(zip(spec["names"], inputs, strict=True))
+        if spec["kind"] == "dict"
+        else inputs
+    )
+    ready = preprocess(given) if preprocess is not None else given
+    return keras.Model(given, model(ready), name=f"{model.name}_on_raw_rows")
+
+
+def save(model: keras.Model, path: Path) -> None:
+    """Write a model or, for a name ending in ``.weights.h5``, its weights, so that the file is whole or absent."""
+    suffix = ".weights.h5" if path.name.endswith(".weights.h5") else path.suffix
+    temporary = path.with_name(f".{path.name.removesuffix(suffix)}-{os.getpid()}{suffix}")
+    model.save_weights(temporary) if suffix == ".weights.h5" else model.save(temporary)
+    os.replace(temporary, path)
+
+
+def save_arrays(arrays: Sequence[np.ndarray], folder: Path, stem: str) -> list[str]:
+    """Write one ``.npy`` per output, each whole or absent; the paths in order."""
+    paths = []
+    for number, array in enumerate(arrays):
+        path = folder / f"{stem}_{number}.npy"
+        temporary = folder / f".{stem}_{number}-{os.getpid()}.npy"
+        np.save(temporary, array, allow_pickle=False)
+        os.replace(temporary, path)
+        paths.append(str(path))
+    return paths

@@ -1,0 +1,316 @@
+"""The harness inside a trial-side process: one job in, messages out, nothing kept."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from search.errors import DataError, HeldoutError, RequestError, SpaceError, TrialFailed
+from search.problem import Problem, SpaceModule, first_line
+
+JobResult = dict[str, Any]
+
+
+class Channel(Protocol):
+    """What a job needs of its connection to the driver."""
+
+    def send(self, body: dict[str, Any]) -> None:
+        """Send one JSON object."""
+
+
+def main(job: dict[str, Any], channel: Channel) -> None:
+    """Run one job and say how it ended; the last message is a ``result`` or a ``failed``.
+
+    ``failed`` carries the reason for a trial, one line for people, and, when the request itself was
+    wrong, the name of the class in ``errors``.
+    """
+    try:
+        result = JOBS[job["kind"]]({**job["payload"], "slot": job.get("slot")}, channel.send)
+    except BaseException as error:
+        traceback.print_exc()
+        channel.send(_failure(error))
+    else:
+        channel.send({"type": "result", **result})
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    kind = type(error).__name__
+    if isinstance(error, TrialFailed):
+        return {"type": "failed", "reason": error.reason, "message": error.message, "error": None}
+    if isinstance(error, RequestError):
+        return {"type": "failed", "reason": "invalid", "message": str(error), "error": kind}
+    reason = "oom" if isinstance(error, MemoryError) or kind == "ResourceExhaustedError" else "crash"
+    return {"type": "failed", "reason": reason, "message": f"{kind}: {first_line(error)}", "error": None}
+
+
+def load(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Execute the module, store and seal its rows, fit its preprocessing on the train rows."""
+    from search import data
+
+    module = SpaceModule(Problem(**payload["problem"]))
+    dataset = module.load()
+    if not isinstance(dataset, data.Dataset):
+        raise SpaceError(
+            f"{module.problem.path}: load() must return a search.Dataset, but returned "
+            f"{type(dataset).__name__}; return Dataset(x, y)"
+        )
+    workspace = Path(payload["workspace"])
+    manifest = data.prepare(
+        dataset, workspace, payload["split_seed"], allow_nan=module.allow_nan or module.preprocess is not None
+    )
+    rows = workspace / "rows" / manifest["digest"]
+    preprocess = None
+    if module.preprocess is not None:
+        preprocess = str(rows / f"preprocess-{module.problem.digest[:16]}.keras")
+        _fit_preprocess(module, data.OpenRows(rows), Path(preprocess), manifest["has_nan"] and not module.allow_nan)
+    return {
+        "manifest": manifest,
+        "rows": str(rows),
+        "sealed": str(workspace / "sealed" / manifest["digest"]),
+        "preprocess": preprocess,
+        "objective": module.objective,
+        "direction": module.direction,
+        "epochs": module.epochs,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in (
+        "heldout",
+        "keras",
+        "tensorflow",
+        "jax",
+        "torch",
+        "keras-tuner",
+        "hyperopt",
+        "mlflow",
+        "numpy",
+    ):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _fit_preprocess(module: SpaceModule, rows: Any, path: Path, must_remove_nan: bool) -> None:
+    import keras
+    import numpy as np
+
+    from search import feeding, training
+
+    keras.utils.set_random_seed(0)
+    assert module.preprocess is not None
+    with module.blaming("preprocess(train)"):
+        model = module.preprocess(rows.dataset("train"))
+    if not isinstance(model, keras.Model):
+        raise SpaceError(
+            f"{module.problem.path}: preprocess(train) must return a keras.Model, such as "
+            f"keras.Sequential([keras.Input(...), normalization]), but returned {type(model).__name__}"
+        )
+    known = training.ends(model)
+    if known is not None:  # a name of its own, since every unnamed model is called "sequential"
+        model = keras.Model(*known, name="preprocess")
+    if must_remove_nan:
+        for tier in ("train", "validation", "guard"):
+            for part in keras.tree.flatten(feeding.joined(rows, tier, model)):
+                if np.issubdtype(part.dtype, np.floating) and np.isnan(part).any():
+                    raise DataError(
+                        f"x has NaN and preprocess(train) leaves some in the {tier} rows; let it remove them, "
+                        f"or set `allow_nan = True` in {module.problem.path} if the model copes with NaN"
+                    )
+    training.save(model, path)
+
+
+def discover(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Find the parameters of a space by building it under a time cap."""
+    from search import tracing
+
+    module = SpaceModule(Problem(**payload["problem"]))
+    try:
+        space, complete = tracing.discover(module.build, payload["seconds"])
+    except HeldoutError:
+        raise
+    except Exception as error:
+        raise SpaceError(
+            f"{module.line(error)}: build(hp) with the defaults raised {type(error).__name__}: {first_line(error)}"
+        ) from error
+    return {"space": space, "complete": complete}
+
+
+class _Trial:
+    """One job's module, hyperparameters, rows and model, built once."""
+
+    def __init__(self, payload: dict[str, Any]) -> None:
+        import keras
+
+        from search import devices, training
+        from search.data import OpenRows
+        from search.tracing import TracingHyperParameters
+
+        if payload.get("slot"):
+            devices.apply(payload["slot"])
+        self.payload = payload
+        self.module = SpaceModule(Problem(**payload["problem"]))
+        self.hp = TracingHyperParameters(
+            payload.get("proposal"), payload["seed"], payload.get("default", False), payload.get("named")
+        )
+        self.rows = OpenRows(Path(payload["rows"]))
+        keras.utils.set_random_seed(payload["seed"])
+        self.preprocess = (
+            keras.models.load_model(payload["preprocess"], compile=False) if payload.get("preprocess") else None
+        )
+        self.model = training.build(self.module, self.hp)
+
+    def described(self) -> dict[str, Any]:
+        """What the driver and the scorer need to know of the model."""
+        from search import training
+
+        return {
+            "asks": self.hp.asks,
+            "declaration": training.declare(self.model),
+            "size": int(self.model.count_params()) if self.model.built else None,
+        }
+
+
+def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Build, fit, and predict validation and guard features with the chosen weights."""
+    from search import devices, preflight, training
+
+    running: _Trial | None = None
+    try:
+        running = _Trial(payload)
+        send({"type": "asks", "asks": running.hp.asks})  # so that its parameters show while it runs
+        if payload.get("preflight"):
+            send({"type": "preflight", **preflight.run(running), **running.described()})
+        fitted = training.fit(
+            running.module,
+            running.model,
+            running.hp,
+            running.rows,
+            running.preprocess,
+            objective=payload["objective"],
+            direction=payload["direction"],
+            epochs=payload.get("epochs"),
+            budget=payload["budget"],
+            seed=payload["seed"],
+            send=send,
+        )
+        folder = Path(payload["folder"])
+        paths = predictions(running.model, running.rows, running.preprocess, ("validation", "guard"), folder)
+        weights = folder / "model.weights.h5"
+        training.save(running.model, weights)
+    except BaseException:
+        # What it asked for is part of the record of a failed trial too.
+        if running is not None:
+            send({"type": "asks", "asks": running.hp.asks})
+        raise
+    return {
+        **running.described(),
+        "predictions": paths,
+        "weights": str(weights),
+        "epochs": fitted.epochs,
+        "best_epoch": fitted.best_epoch,
+        "reported": dict(fitted.reported),
+        "devices": devices.seen(),
+    }
+
+
+def predictions(model: Any, rows: Any, preprocess: Any, tiers: tuple[str, ...], folder: Path) -> dict[str, list[str]]:
+    """Predict tiers with one model and write one ``.npy`` per tier and output; the paths by tier."""
+    from search import feeding, training
+
+    paths = {}
+    for tier in tiers:
+        features = feeding.joined(rows, tier, preprocess)
+        paths[tier] = training.save_arrays(training.predict(model, features), folder, tier)
+    return paths
+
+
+def check(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Preflight alone, and the time of one epoch, for ``heldout check``."""
+    from search import preflight, training
+
+    running = _Trial(payload)
+    found = preflight.run(running)
+    started = time.monotonic()
+    epochs: list[float] = []
+    training.fit(
+        running.module,
+        running.model,
+        running.hp,
+        running.rows,
+        running.preprocess,
+        objective=payload["objective"],
+        direction=payload["direction"],
+        epochs=2,
+        budget=payload["budget"],
+        seed=payload["seed"],
+        send=lambda body: epochs.append(time.monotonic() - started),
+    )
+    first = epochs[0] if epochs else time.monotonic() - started
+    return {
+        **found,
+        **running.described(),
+        "first_epoch_seconds": first,
+        "epoch_seconds": epochs[-1] - first if len(epochs) > 1 else first,
+    }
+
+
+def export(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Rebuild a trial's model around its weights and write it as one file, preprocessing included."""
+    from search import preflight, training
+
+    running = _Trial(payload)
+    running.model.load_weights(payload["weights"])
+    composed = training.compose(running.model, running.preprocess, running.rows.manifest["x"])
+    training.save(composed, Path(payload["out"]))
+    if payload.get("saved_model"):
+        composed.export(payload["saved_model"], verbose=False)
+    return {
+        **running.described(),
+        "custom": list(preflight.custom_objects(Path(payload["out"]))),
+    }
+
+
+def predict(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Predict with exported files; the space module runs only when a model needs its custom layers."""
+    import keras
+
+    from search import feeding, training
+    from search.data import OpenRows, load_structure
+
+    if payload["custom"]:
+        SpaceModule(Problem(**payload["problem"]))
+    if payload["features"] is not None:
+        x = load_structure(payload["features"])
+    else:
+        x = OpenRows(Path(payload["rows"])).features(payload["tier"])
+    out: dict[str, list[str]] = {}
+    for name, path in payload["models"].items():
+        arrays = training.predict(keras.models.load_model(path, compile=False), feeding.as_fed(x))
+        out[name] = training.save_arrays(arrays, Path(payload["folder"]), f"{name}_{payload['tier']}")
+    return {"predictions": out, "batch_size": training.predict_batch(x)}
+
+
+def score(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Score predictions by a metric that only the compiled model knows; the one job that is given sealed labels."""
+    from search import custom_metric
+
+    return custom_metric.score(payload, SpaceModule(Problem(**payload["problem"])))
+
+
+JOBS: dict[str, Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], JobResult]] = {
+    "load": load,
+    "discover": discover,
+    "trial": trial,
+    "check": check,
+    "export": export,
+    "predict": predict,
+    "score": score,
+}

@@ -1,0 +1,45 @@
+"""What every test shares: a ledger and a workspace of its own, and quiet libraries."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Heldout = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(autouse=True)
+def apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test reads or writes the user's own ledger, workspace or tracking server."""
+    folder = tmp_path_factory.mktemp("user")
+    monkeypatch.setenv("HELDOUT_LEDGER", str(folder / "ledger.jsonl"))
+    monkeypatch.setenv("HELDOUT_WORKSPACE", str(folder / "workspace"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return folder
+
+
+def run_heldout(*arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "search.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        cwd=ROOT,
+    )
+
+
+@pytest.fixture
+def heldout() -> Heldout:
+    """The command line, as ``heldout(*arguments, **environment)``."""
+    return run_heldout

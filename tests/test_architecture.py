@@ -1,0 +1,194 @@
+"""The shape of `search/`: who may import whom, what may load what, who may print, how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SEARCH = Path(__file__).resolve().parent.parent / "search"
+FILES = sorted(SEARCH.rglob("*.py"))
+MOST_LINES = 420
+
+# From the bottom up. A file imports from rows below its own, and a package from itself; a new file
+# needs a place here, which is the moment to think about what it may know.
+LAYERS = (
+    {"errors"},
+    {"trial", "channel", "problem", "rows", "metrics", "ledger", "journal_file"},
+    {"domain", "traces", "split", "template", "publishing"},
+    {"space", "store"},
+    {"data"},
+    {"history", "tracing", "feeding", "scoring"},
+    {"journal", "runs", "statistics"},
+    {"publisher"},
+    {"samplers", "executors", "tracking", "registry", "training"},
+    {"custom_metric", "preflight", "driver", "study", "devices"},
+    {"judge", "worker"},
+    {"wiring"},
+    {"evaluation"},
+    {"report"},
+    {"export"},
+    {"view", "ui"},
+    {"", "cli"},  # "" is search/__init__.py, the documented functions
+)
+PARTS = {path.relative_to(SEARCH).parts[0].removesuffix(".py") for path in FILES}
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+# A Study's methods are the same functions by another name, and a launch ends in its test step: both
+# import upwards, but only when called.
+UPWARD_WHEN_CALLED = {
+    ("study", "report"),
+    ("study", "export"),
+    ("study", "evaluation"),
+    ("wiring", "evaluation"),
+}
+
+# Loaded by the driver's process and by the template before it forks.
+STDLIB_ONLY = {
+    *("errors", "trial", "space", "domain", "traces", "history", "journal", "journal_file", "driver"),
+    *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring"),
+}
+
+# Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
+SLOW = {
+    "keras": {"training", "tracing", "feeding", "preflight", "custom_metric"},
+    "keras_tuner": {"tracing"},
+    "mlflow": {"tracking", "publisher"},
+    "scipy": {"statistics"},
+    "tensorflow": set(),
+    "hyperopt": set(),
+    "sklearn": set(),
+    "pandas": set(),
+}
+
+# Files of trial-side and tracking processes that get a slow import from another file's top.
+MAY_REACH = {"mlflow": {"tracking"}, "keras_tuner": {"training", "preflight", "custom_metric"}}
+
+# Processes of their own end without unwinding: a forked child must not run its parent's exit handlers.
+MAY_LEAVE_AT_ONCE = {"channel", "template", "tracking"}
+
+
+def part(path: Path) -> str:
+    """The file's place in `LAYERS`: its own name, or its package's."""
+    first = path.relative_to(SEARCH).parts[0]
+    return "" if first == "__init__.py" else first.removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
+    """Every dotted name that the file imports, its line, and whether importing the file imports it."""
+
+    def walk(node: ast.AST, at_top: bool) -> Iterator[tuple[str, int, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, child.lineno, at_top) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert not child.level, f"{path}:{child.lineno}: relative imports hide the direction"
+                for alias in child.names:
+                    yield f"{child.module}.{alias.name}", child.lineno, at_top
+            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            else:
+                runs_later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                yield from walk(child, at_top and not runs_later)
+
+    return walk(ast.parse(path.read_text(encoding="utf-8")), True)
+
+
+def loaded(own: str) -> dict[str, str]:
+    """Everything that importing a part of `search` imports, and the chain of files that leads there."""
+    found: dict[str, str] = {}
+    waiting = [(own, own)]
+    while waiting:
+        at, chain = waiting.pop()
+        for path in FILES:
+            # Names inside a package are imported by its users one by one; only its __init__ comes along.
+            if part(path) != at or (path.parent != SEARCH and path.name != "__init__.py"):
+                continue
+            for name, _, at_top in imports(path):
+                root, *rest = name.split(".")
+                target = rest[0] if root == "search" and rest and rest[0] in PARTS else root
+                if at_top and target not in found and root not in sys.stdlib_module_names:
+                    found[target] = f"{chain} -> {target}"
+                    if root == "search":
+                        waiting.append((target, found[target]))
+    return found
+
+
+def label(path: Path) -> str:
+    return str(path.relative_to(SEARCH))
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_imports_point_down(path: Path) -> None:
+    own = part(path)
+    assert own in RANK, f"{label(path)} has no place in LAYERS: give it one"
+    for name, line, at_top in imports(path):
+        root, *rest = name.split(".")
+        if root != "search":
+            continue
+        # `from search import x` names a file or package, or something that search/__init__.py offers.
+        target = rest[0] if rest and rest[0] in PARTS | set(RANK) else ""
+        assert target in RANK, f"{target} has no place in LAYERS: give it one"
+        if target == own and own in {"samplers", "executors", ""}:
+            continue
+        if not at_top and (own, target) in UPWARD_WHEN_CALLED:
+            continue
+        assert RANK[target] < RANK[own], f"{label(path)}:{line} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_what_loads_at_import(path: Path) -> None:
+    for name, line, at_top in imports(path):
+        root = name.split(".")[0]
+        if not at_top or root == "search" or root in sys.stdlib_module_names:
+            continue
+        where = f"{label(path)}:{line}"
+        assert part(path) not in STDLIB_ONLY, (
+            f"{where} imports {root}, but may load the standard library only"
+        )
+        if root in SLOW:
+            assert part(path) in SLOW[root], f"{where} imports {root} when loaded; import it where it is used"
+
+
+@pytest.mark.parametrize("own", sorted(PARTS - {"__init__"}))
+def test_what_loads_by_way_of_others(own: str) -> None:
+    chains = loaded(own)
+    if own in STDLIB_ONLY | {"cli"}:
+        slow = set(SLOW) | ({"numpy"} if own != "cli" else {"numpy", "rich"})
+        assert not slow & set(chains), [chains[name] for name in sorted(slow & set(chains))]
+    for name in ("keras", "tensorflow", "keras_tuner", "mlflow"):  # loaded in processes of their own
+        assert name not in chains or own in SLOW[name] | MAY_REACH.get(name, set()), chains[name]
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_only_the_command_line_prints_or_exits(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        where = f"{label(path)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Name | ast.Attribute):  # called, or handed to something that calls it
+            used = ast.unparse(node)
+            if used == "os._exit":
+                assert part(path) in MAY_LEAVE_AT_ONCE, f"{where} uses os._exit"
+            elif part(path) != "cli":
+                forbidden = {"print", "input", "exit", "quit", "breakpoint", "sys.exit", "sys.stdout.write"}
+                assert used not in forbidden, f"{where} uses {used}; only cli.py prints or exits"
+        elif isinstance(node, ast.Raise) and node.exc is not None and part(path) != "cli":
+            assert not ast.unparse(node.exc).startswith("SystemExit"), f"{where} exits; only cli.py does"
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_a_file_is_short_and_says_what_it_owns(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    lines = len(text.splitlines())
+    assert lines <= MOST_LINES, (
+        f"{label(path)} has {lines} lines; at most {MOST_LINES}: split it by what it owns"
+    )
+    assert "util" not in path.stem, f"{label(path)}: name a file after what it owns"
+    first = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+    assert first, f"{label(path)} must begin with a docstring whose first line says what it owns"
+
+
+def test_the_table_has_no_leftovers() -> None:
+    assert set(RANK) == {part(path) for path in FILES}

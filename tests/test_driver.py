@@ -1,0 +1,265 @@
+"""The search loop, over an executor without processes, a real journal and a judge that reads the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search.driver import MOST_FAILURES_IN_A_ROW, Driver, Silent, Verdict, proposal_for
+from search.errors import SpaceError, StudyFailed, TrialFailed
+from search.executors import Exited, Lost, Message, Slot
+from search.executors.inline import InlineExecutor
+from search.journal import Journal
+from search.samplers import get_sampler
+from search.space import Domain, Parameter, Space
+from search.trial import Trial, TrialState, seed_for
+
+RATE = Parameter("rate", "rate", (), Domain("float", 1e-4, 1.0, sampling="log", default=0.1))
+UNITS = Parameter("units", "units", (), Domain("int", 1, 9, 1, default=4))
+LATE = Parameter("late", "late", (), Domain("boolean", default=False))
+
+Body = Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], None]
+
+
+def asks_for(proposal: dict[str, Any] | None, *parameters: Parameter) -> list[dict[str, Any]]:
+    """What a build would log: the proposed value, else the default."""
+    given = proposal or {}
+    return [{**p.to_json(), "value": given.get(p.identity, p.domain.default)} for p in parameters]
+
+
+def result(asks: list[dict[str, Any]], score: float) -> dict[str, Any]:
+    return {
+        "type": "result",
+        "asks": asks,
+        "score": score,
+        "epochs": 2,
+        "best_epoch": 1,
+        "size": 10,
+        "weights": "w",
+        "reported": {},
+        "devices": [],
+        "declaration": {},
+    }
+
+
+def study(*parameters: Parameter, score: Callable[[dict[str, Any]], float]) -> Body:
+    """Jobs of a space with these parameters, where a trial's score is a function of its values."""
+
+    def body(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+        payload = job["payload"]
+        asks = asks_for(payload.get("proposal"), *parameters)
+        if job["kind"] == "discover":
+            send({"type": "result", "space": Space.empty().grown(asks).to_json(), "complete": True})
+            return
+        if payload["number"] == 0:
+            send({"type": "preflight", "asks": asks})
+        for step in (1, 2):
+            send({"type": "report", "step": step, "metrics": {"loss": 1.0 / step}})
+        send(result(asks, score({ask["name"]: ask["value"] for ask in asks})))
+
+    return body
+
+
+class ReadingJudge:
+    """Takes the score from the result, and keeps the guard score apart."""
+
+    def judge(self, result: dict[str, Any]) -> Verdict:
+        if result["score"] != result["score"]:
+            raise TrialFailed("nan", "the score is NaN")
+        return Verdict(result["score"], guard=-result["score"])
+
+    def settle(self, result: dict[str, Any]) -> Verdict:
+        raise AssertionError("no metric of this study is custom")
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    made = Journal.create(tmp_path / "journal.sqlite", {})
+    yield made
+    made.close()
+
+
+def driver(journal: Journal, body: Body | Any, *, trials: int = 12, slots: int = 1, **changes: Any) -> Driver:
+    executor = changes.pop("executor", None) or InlineExecutor(body, [Slot(n, 1) for n in range(slots)])
+    settings: dict[str, Any] = {
+        "trials": trials,
+        "seed": 7,
+        "direction": "max",
+        "journal": journal,
+        "sampler": get_sampler("random"),
+        "executor": executor,
+        "judge": ReadingJudge(),
+        "payload": lambda trial, proposal: {"number": trial.number, "attempt": trial.attempt, "proposal": proposal},
+        "discovery": {},
+        "on_preflight": lambda found: None,
+    }
+    return Driver(**(settings | changes))
+
+
+def test_every_trial_of_the_plan_is_recorded_with_its_score(journal: Journal) -> None:
+    ended = driver(journal, study(RATE, UNITS, score=lambda p: p["units"] / 10)).run()
+
+    trials = journal.history()
+    assert ended == "complete"
+    assert [t.number for t in trials] == list(range(12))
+    assert all(t.state is TrialState.COMPLETE and t.score == t.params["units"] / 10 for t in trials)
+    assert all(t.loss == -t.score for t in trials if t.score is not None)
+    assert len(journal.reports()) == 24
+
+
+def test_trial_zero_is_the_defaults(journal: Journal) -> None:
+    driver(journal, study(RATE, UNITS, score=lambda p: 0.5), trials=1).run()
+    assert dict(journal.history()[0].params) == {"rate": 0.1, "units": 4}
+
+
+def test_guard_scores_stay_out_of_the_history(journal: Journal) -> None:
+    driver(journal, study(RATE, score=lambda p: p["rate"]), trials=4).run()
+    assert sorted(number for number, _ in journal.guards()) == [0, 1, 2, 3]
+    assert all(t.score is not None and t.score > 0 for t in journal.history())
+
+
+def test_the_same_seed_gives_the_same_trials(tmp_path: Path) -> None:
+    seen = []
+    for run in range(2):
+        with Journal.create(tmp_path / f"{run}.sqlite", {}) as journal:
+            driver(journal, study(RATE, UNITS, score=lambda p: p["rate"]), sampler=get_sampler("tpe")).run()
+            seen.append([(dict(t.params), t.score, t.seed) for t in journal.history()])
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_every_proposal_can_be_made_again_from_the_history_it_saw(journal: Journal, slots: int, sampler: str) -> None:
+    chosen = get_sampler(sampler)
+    body = study(RATE, UNITS, score=lambda p: p["rate"] * p["units"])
+    driver(journal, body, trials=30, slots=slots, sampler=chosen).run()
+
+    for trial in journal.history()[1:]:
+        history, space = journal.history(trial.history_length), journal.space(trial.history_length)
+        again = proposal_for(chosen, history, space, 7, trial.number)
+        assert again is not None and dict(again.params) == dict(trial.params)
+
+
+def test_an_exhausted_space_ends_the_study_and_says_so(journal: Journal) -> None:
+    class Listening(Silent):
+        heard: list[str] = []
+
+        def say(self, text: str) -> None:
+            self.heard.append(text)
+
+    ended = driver(journal, study(UNITS, score=lambda p: 1.0), trials=50, watcher=Listening()).run()
+    assert ended == "exhausted"
+    assert sorted(t.params["units"] for t in journal.history()) == list(range(1, 10))
+    assert any("exhausted" in text for text in Listening.heard)
+
+
+def test_a_parameter_that_a_trial_asks_for_later_joins_the_search(journal: Journal) -> None:
+    def body(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+        payload = job["payload"]
+        if job["kind"] == "discover":
+            asks = asks_for(None, RATE)
+            send({"type": "result", "space": Space.empty().grown(asks, complete=False).to_json(), "complete": True})
+            return
+        asks = asks_for(payload["proposal"], RATE, LATE)  # fit asks for one that build did not
+        if payload["number"] == 0:
+            send({"type": "preflight", "asks": asks[:1]})
+        send(result(asks, 0.5))
+
+    driver(journal, body, trials=15).run()
+    assert list(journal.space().parameters) == ["rate", "late"]
+    assert {t.params["late"] for t in journal.history()} == {False, True}
+
+
+def test_a_failed_trial_is_recorded_and_the_study_goes_on(journal: Journal) -> None:
+    def body(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+        if job["payload"].get("number") in (3, 5):
+            send({"type": "asks", "asks": asks_for(job["payload"]["proposal"], RATE)})
+            send({"type": "failed", "reason": "oom", "message": "out of memory", "error": None})
+        else:
+            study(RATE, score=lambda p: 0.5)(job, send)
+
+    assert driver(journal, body, trials=8).run() == "complete"
+    failed = [t for t in journal.history() if t.state is TrialState.FAILED]
+    assert [(t.number, t.reason, t.message) for t in failed] == [(n, "oom", "out of memory") for n in (3, 5)]
+    assert all("rate" in t.params for t in failed)
+
+
+def test_a_score_that_is_no_number_fails_the_trial_only(journal: Journal) -> None:
+    body = study(RATE, score=lambda p: float("nan") if p["rate"] > 0.2 else 0.5)
+    driver(journal, body, trials=20).run()
+    reasons = {t.reason for t in journal.history() if t.state is TrialState.FAILED}
+    assert reasons == {"nan"}
+
+
+def test_ten_failures_in_a_row_end_the_study_and_say_why(journal: Journal) -> None:
+    def body(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+        if job["payload"].get("number"):
+            send({"type": "failed", "reason": "invalid", "message": "negative width", "error": None})
+        else:
+            study(RATE, score=lambda p: 0.5)(job, send)
+
+    with pytest.raises(StudyFailed, match=r"10 trials in a row failed.*invalid: negative width"):
+        driver(journal, body, trials=40).run()
+    assert len(journal.history()) == 1 + MOST_FAILURES_IN_A_ROW
+
+
+def test_a_process_that_ends_without_a_word_is_a_crash(journal: Journal) -> None:
+    def body(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+        if job["payload"].get("number") != 2:
+            study(RATE, score=lambda p: 0.5)(job, send)
+
+    driver(journal, body, trials=4).run()
+    trial = journal.history()[2]
+    assert (trial.state, trial.reason) == (TrialState.FAILED, "crash")
+    assert "no result" in str(trial.message)
+
+
+def test_a_wrong_request_found_by_preflight_stops_before_a_second_trial(journal: Journal) -> None:
+    def body(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+        if job["kind"] == "trial":
+            send({"type": "failed", "reason": "invalid", "message": "no such objective", "error": "SpaceError"})
+        else:
+            study(RATE, score=lambda p: 0.5)(job, send)
+
+    with pytest.raises(SpaceError, match="no such objective"):
+        driver(journal, body).run()
+    assert len(journal.history()) == 1
+
+
+def test_a_trial_lost_with_its_process_runs_again_with_its_number_seed_and_parameters(journal: Journal) -> None:
+    class Losing(InlineExecutor):
+        """Loses the first attempt of trial 2, as when the template is killed."""
+
+        def poll(self, timeout: float) -> list[Any]:
+            events = super().poll(timeout)
+            lost = [e for e in events if isinstance(e, Exited) and e.job == "trial-2-0"]
+            kept = [e for e in events if not (isinstance(e, Message | Exited) and e.job == "trial-2-0")]
+            return kept + [Lost(event.job) for event in lost]
+
+    executor = Losing(study(RATE, score=lambda p: p["rate"]))
+    driver(journal, None, trials=5, executor=executor).run()
+    trials = journal.history()
+    assert [t.state for t in trials] == [TrialState.COMPLETE] * 5
+    assert [t.attempt for t in trials] == [0, 0, 1, 0, 0]
+    begun = [Trial.from_json(e.body) for e in journal.events() if e.kind == "trial" and e.trial == 2]
+    assert len({(t.seed, t.history_length) for t in begun}) == 1
+
+
+def test_what_was_running_when_the_driver_ended_runs_again(tmp_path: Path) -> None:
+    body = study(RATE, score=lambda p: p["rate"])
+    with Journal.create(tmp_path / "whole.sqlite", {}) as whole:
+        driver(whole, body, trials=9).run()
+        expected = [(dict(t.params), t.score) for t in whole.history()]
+
+    with Journal.create(tmp_path / "cut.sqlite", {}) as cut:
+        driver(cut, body, trials=4).run()
+        proposal = proposal_for(get_sampler("random"), cut.history(), cut.space(), 7, 4)
+        assert proposal is not None
+        running = Trial(4, TrialState.RUNNING, proposal.params, seed_for(7, 4), history_length=cut.length)
+        cut.begin(running)
+        driver(cut, body, trials=9, discovery=None).run()
+        assert [(dict(t.params), t.score) for t in cut.history()] == expected
+

@@ -1,0 +1,262 @@
+"""A real study through the command line: searched, read back from MLflow, exported, and scored by plain Keras."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from search.data import SealedRows
+from search.study import Study
+from tests.conftest import Heldout, run_heldout
+from tests.tiny import write_space
+
+# Loads the model where neither heldout nor the space module can be imported, and predicts.
+BARE = """
+import sys
+import numpy as np
+import keras
+assert not any(name == "search" or name.startswith("search.") for name in sys.modules)
+model = keras.models.load_model(sys.argv[1])
+np.save(sys.argv[3], model.predict(np.load(sys.argv[2]), batch_size=int(sys.argv[4]), verbose=0))
+"""
+
+
+@dataclass
+class Done:
+    """A study that ran once for all tests of this file."""
+
+    report: dict[str, Any]
+    workspace: Path
+    ledger: str
+    study: Study
+
+
+def launched(folder: Path, *arguments: str) -> Done:
+    workspace, ledger = folder / "workspace", str(folder / "ledger.jsonl")
+    ran = run_heldout(
+        "launch", *arguments, "--workspace", str(workspace), "--study", "s", "--json", HELDOUT_LEDGER=ledger
+    )
+    assert ran.returncode == 0, ran.stderr
+    return Done(json.loads(ran.stdout), workspace, ledger, Study("s", workspace))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder = tmp_path_factory.mktemp("digits")
+    options = ("--trials", "6", "--epochs", "4", "--workers", "2", "--seed", "7", "--tag", "team=blue")
+    return launched(folder, "spaces/digits_mlp.py", *options)
+
+
+@pytest.fixture(scope="module")
+def diabetes(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    return launched(tmp_path_factory.mktemp("diabetes"), "diabetes", "--trials", "3", "--epochs", "5")
+
+
+def predicted(done: Done, out: Path, scratch: Path) -> np.ndarray:
+    """Test predictions of the exported file, made by a bare process."""
+    lineage = json.loads((out / "lineage.json").read_text())
+    rows = SealedRows(Path(done.study.meta("prepared")["sealed"]))
+    np.save(scratch / "x.npy", rows.features("test"))
+    command = [sys.executable, "-I", "-c", BARE, str(out / "model.keras"), str(scratch / "x.npy")]
+    subprocess.run([*command, str(scratch / "p.npy"), str(lineage["batch_size"])], check=True, cwd=scratch)
+    return np.load(scratch / "p.npy")
+
+
+def test_the_report_has_its_keys_and_the_counts_are_right(digits: Done) -> None:
+    report = digits.report
+    wanted = "study objective direction trials baseline best test verdicts tracking seconds"
+    assert set(wanted.split()) <= set(report)
+    assert report["trials"] == {"complete": 6, "pruned": 0, "failed": 0}
+    assert report["objective"] == "val_accuracy" and report["direction"] == "max"
+    assert set(report["baseline"]) == set(report["best"]) == {"trial", "params", "validation"}
+    assert {"winner", "baseline", "interval", "opening"} <= set(report["test"])
+    assert report["test"]["opening"] == 1
+    low, high = report["test"]["interval"]
+    assert low <= report["test"]["winner"] <= high
+    assert report["seconds"] > 0
+
+
+def test_trial_zero_is_the_baseline_and_the_best_is_the_best(digits: Done) -> None:
+    trials = digits.study.trials
+    assert dict(trials[0].params) == dict(digits.study.space.defaults())
+    assert digits.report["best"]["validation"] == max(t.score for t in trials if t.score is not None)
+    frame = digits.study.trials_dataframe()
+    assert list(frame["number"]) == list(range(6)) and "params.learning_rate" in frame
+
+
+def test_mlflow_has_the_study_nested_with_native_params_and_epochs(digits: Done) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{digits.workspace}/mlflow.db")
+    tracking = digits.report["tracking"]
+    runs = client.search_runs([tracking["experiment_id"]])
+    parent = client.get_run(tracking["run_id"])
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == tracking["run_id"]]
+    assert len(children) == 6 and len(runs) == 7
+    assert parent.info.status == "FINISHED" and {run.info.status for run in children} == {"FINISHED"}
+    assert {run.data.params["trial"] for run in children} == {str(n) for n in range(6)}
+    assert {run.data.tags["team"] for run in runs} == {"blue"}
+    for run in children:
+        trial = digits.study.trials[int(run.data.params["trial"])]
+        assert run.data.params["learning_rate"] == str(trial.params["learning_rate"])
+        steps = client.get_metric_history(run.info.run_id, "val_accuracy")
+        assert [metric.step for metric in steps] == list(range(1, trial.epochs + 1))
+    assert any(a.path.endswith(".py") for a in client.list_artifacts(tracking["run_id"]))
+
+
+def test_the_exported_model_gets_the_reported_test_accuracy_in_a_bare_process(
+    digits: Done, tmp_path: Path, heldout: Heldout
+) -> None:
+    out = tmp_path / "best"
+    ran = heldout("export", "s", "--workspace", str(digits.workspace), "--out", str(out))
+    assert ran.returncode == 0, ran.stderr
+    labels = SealedRows(Path(digits.study.meta("prepared")["sealed"])).labels("test")
+    accuracy = float((predicted(digits, out, tmp_path).argmax(axis=1) == labels).mean())
+    assert accuracy == digits.report["test"]["winner"]
+    lineage = json.loads((out / "lineage.json").read_text())
+    assert lineage["scores"]["test"]["score"] == accuracy
+    assert lineage["scores"]["validation"]["score"] == pytest.approx(digits.report["best"]["validation"], abs=1e-6)
+    assert lineage["params"] == digits.report["best"]["params"]
+    card = (out / "MODEL_CARD.md").read_text()
+    assert "Believe the test score" in card and f"batch_size={lineage['batch_size']}" in card
+
+
+def test_a_regression_with_preprocessing_exports_to_the_reported_loss(
+    diabetes: Done, tmp_path: Path, heldout: Heldout
+) -> None:
+    out = tmp_path / "best"
+    ran = heldout("export", "s", "--workspace", str(diabetes.workspace), "--out", str(out))
+    assert ran.returncode == 0, ran.stderr
+    labels = SealedRows(Path(diabetes.study.meta("prepared")["sealed"])).labels("test")
+    mse = float(((predicted(diabetes, out, tmp_path).reshape(-1) - labels) ** 2).mean())
+    assert mse == pytest.approx(diabetes.report["test"]["winner"], rel=1e-6)
+
+
+def test_another_trial_exports_without_a_test_score(digits: Done, tmp_path: Path) -> None:
+    tested = {digits.report["best"]["trial"], 0}
+    number = next(t.number for t in digits.study.trials if t.number not in tested)
+    lineage = digits.study.export(tmp_path / "other", trial=number, format="saved_model")
+    assert "test" not in lineage["scores"] and lineage["trial"] == number
+    assert (tmp_path / "other" / "saved_model" / "saved_model.pb").exists()
+    assert "not tested" in (tmp_path / "other" / "MODEL_CARD.md").read_text()
+
+
+def test_export_refuses_a_folder_with_files_in_it(digits: Done, tmp_path: Path, heldout: Heldout) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    ran = heldout("export", "s", "--workspace", str(digits.workspace), "--out", str(tmp_path))
+    assert ran.returncode == 2 and "must be a new or empty folder" in ran.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_registered_champion_loads_by_its_alias(digits: Done, tmp_path: Path, heldout: Heldout) -> None:
+    out = tmp_path / "best"
+    arguments = ("export", "s", "--workspace", str(digits.workspace), "--out", str(out), "--register", "digits")
+    ran = heldout(*arguments)
+    assert ran.returncode == 0, ran.stderr
+    assert "models:/digits@champion" in ran.stdout
+    load = (
+        "import sys, mlflow, numpy as np; mlflow.set_tracking_uri(sys.argv[1]);"
+        "model = mlflow.pyfunc.load_model('models:/digits@champion');"
+        "print(np.asarray(model.predict(np.zeros((2, 64), 'float32'))).shape)"
+    )
+    uri = f"sqlite:///{digits.workspace}/mlflow.db"
+    seen = subprocess.run([sys.executable, "-c", load, uri], capture_output=True, text=True, cwd=tmp_path)
+    assert seen.stdout.strip().endswith("(2, 10)"), seen.stderr
+
+
+def test_rows_opened_before_stay_sealed_and_evaluate_counts(digits: Done, heldout: Heldout) -> None:
+    where = ("--workspace", str(digits.workspace))
+    options = ("--trials", "2", "--epochs", "1", "--seed", "8", "--study", "again")
+    ran = heldout("launch", "digits_mlp", *options, *where, "--json", HELDOUT_LEDGER=digits.ledger)
+    report = json.loads(ran.stdout)
+    assert ran.returncode == 0 and report["test"] is None
+    assert "have been opened once before" in report["sealed"] and "heldout evaluate again" in report["sealed"]
+
+    opened = heldout("evaluate", "again", *where, "--json", HELDOUT_LEDGER=digits.ledger)
+    assert opened.returncode == 0, opened.stderr
+    second = json.loads(opened.stdout)
+    assert second["test"]["opening"] == 2 and "REUSED_TEST_SET" in second["verdicts"]
+
+    replayed = heldout("evaluate", "again", *where, "--json", HELDOUT_LEDGER=digits.ledger)
+    assert json.loads(replayed.stdout)["test"] == second["test"]
+
+
+def test_show_prints_what_a_trial_printed_and_its_epochs(tmp_path: Path, heldout: Heldout) -> None:
+    rest = "def callbacks(hp):\n    print('hello from the trial')\n    return []"
+    space = write_space(tmp_path, "printing", rest=rest)
+    where = ("--workspace", str(tmp_path / "ws"))
+    assert heldout("launch", space, "--trials", "2", "--evaluate", "no", *where, "--study", "p").returncode == 0
+    shown = heldout("show", "p", "1", *where)
+    assert "hello from the trial" in shown.stdout and "epoch 2: " in shown.stdout
+    status = heldout("status", *where)
+    assert status.returncode == 0 and "p: complete, 2 of 2 trials" in status.stdout
+
+
+def test_one_slot_and_one_seed_give_the_same_trials_and_scores(tmp_path: Path, heldout: Heldout) -> None:
+    space = write_space(tmp_path)
+    seen = []
+    for name in ("one", "two"):
+        where = ("--workspace", str(tmp_path / "ws"), "--study", name)
+        ran = heldout("launch", space, "--trials", "5", "--workers", "1", "--seed", "0", "--evaluate", "no", *where)
+        assert ran.returncode == 0, ran.stderr
+        seen.append([(dict(t.params), t.score) for t in Study(name, tmp_path / "ws").trials])
+    assert seen[0] == seen[1]
+    assert len({str(params) for params, _ in seen[0]}) == 5
+
+
+def test_another_seed_moves_no_row_and_shares_the_stored_copy(tmp_path: Path, heldout: Heldout) -> None:
+    space = write_space(tmp_path)
+    where = ("--workspace", str(tmp_path / "ws"), "--trials", "1", "--evaluate", "no")
+    for seed in ("1", "2"):
+        assert heldout("launch", space, "--seed", seed, *where).returncode == 0
+    first, second = (Study(f"tiny-{n}", tmp_path / "ws").meta("prepared") for n in (1, 2))
+    assert first["rows"] == second["rows"]
+    assert len(list((tmp_path / "ws" / "rows").iterdir())) == 1
+
+
+def test_a_custom_metric_is_scored_by_its_keras_object_in_its_own_process(tmp_path: Path, heldout: Heldout) -> None:
+    build = (
+        "def agreement(y_true, y_pred):\n"
+        "    hit = keras.ops.equal(keras.ops.cast(y_true, 'int32'), keras.ops.argmax(y_pred, axis=-1))\n"
+        "    return keras.ops.cast(hit, 'float32')\n\n\n"
+        "def build(hp):\n"
+        "    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(hp.Int('units', 2, 9)),\n"
+        "                              keras.layers.Dense(2, activation='softmax')])\n"
+        "    model.compile('adam', 'sparse_categorical_crossentropy', metrics=[agreement])\n"
+        "    return model"
+    )
+    objective = 'objective = "val_agreement"\ndirection = "max"\nepochs = 2'
+    space = write_space(tmp_path, "agreeing", build=build, objective=objective)
+    ran = heldout("launch", space, "--trials", "3", "--workspace", str(tmp_path / "ws"), "--json")
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout)
+    assert report["trials"]["complete"] == 3
+    assert 0 <= report["test"]["winner"] <= 1 and report["test"]["interval"] is None
+
+
+def test_try_runs_one_trial_and_leaves_nothing(tmp_path: Path, heldout: Heldout) -> None:
+    space = write_space(tmp_path)
+    workspace = tmp_path / "ws"
+    ran = heldout("try", space, "--params", '{"rate": 0.02, "layers": 2}', "--json", HELDOUT_WORKSPACE=str(workspace))
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["params"]["rate"] == 0.02 and found["params"]["layers"] == 2 and "units_1" in found["params"]
+    assert not workspace.exists()
+    wrong = heldout("try", space, "--params", '{"rate": 7}')
+    assert wrong.returncode == 2 and "rate must be" in wrong.stderr
+
+
+def test_check_says_what_would_be_searched_and_starts_nothing(tmp_path: Path, heldout: Heldout) -> None:
+    space = write_space(tmp_path)
+    ran = heldout("check", space, "--trials", "10", "--workspace", str(tmp_path / "ws"))
+    assert ran.returncode == 0, ran.stderr
+    assert "units_1: int 2 to 16" in ran.stdout and "layers: int 1 to 2" in ran.stdout
+    assert "guard" in ran.stdout and "10 trials" in ran.stdout
+    assert list((tmp_path / "ws" / "studies").iterdir()) == []
