@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from search.data import OpenRows
+from search.fused import orders
 
 
 def joined(rows: OpenRows, tier: str, preprocess: keras.Model | None, index: np.ndarray | None = None) -> Any:
@@ -47,32 +48,25 @@ def batches(
     on the seed alone.
 
     Returns:
-        A ``tf.data.Dataset`` on the TensorFlow backend, a ``keras.utils.PyDataset`` on the others.
+        A ``tf.data.Dataset`` on the TensorFlow backend, which goes on without end when it is shuffled; a
+        ``keras.utils.PyDataset`` on the others.
     """
-    small = rows.nbytes(tier) <= budget
-    weights = rows.weights() if tier == "train" else None
-    labels = (rows.labels(tier),) if weights is None else (rows.labels(tier), weights)
-    features = joined(rows, tier, preprocess) if small else None
+    features = joined(rows, tier, preprocess) if rows.nbytes(tier) <= budget else None
     if keras.backend.backend() != "tensorflow":
-        return _Gathered(rows, tier, preprocess, features, labels, batch, seed)
-    return _tf_batches(rows, tier, preprocess, features, labels, batch, seed)
+        return _Gathered(rows, tier, preprocess, features, batch, seed)
+    return _tf_batches(rows, tier, preprocess, features, batch, seed)
 
 
-def _tf_batches(
-    rows: OpenRows,
-    tier: str,
-    preprocess: Any,
-    features: Any,
-    labels: tuple[Any, ...],
-    batch: int,
-    seed: int | None,
-) -> Any:
+def targets(rows: OpenRows, tier: str) -> tuple[Any, ...]:
+    """What follows x in a batch: ``(y,)``, or ``(y, weight)`` for train rows that have weights."""
+    weights = rows.weights() if tier == "train" else None
+    return (rows.labels(tier),) if weights is None else (rows.labels(tier), weights)
+
+
+def _tf_batches(rows: OpenRows, tier: str, preprocess: Any, features: Any, batch: int, seed: int | None) -> Any:
     import tensorflow as tf
 
-    count = rows.size(tier)
-    index = tf.data.Dataset.range(count)
-    if seed is not None:
-        index = index.shuffle(count, seed=seed, reshuffle_each_iteration=True)
+    labels = targets(rows, tier)
     with tf.device("/CPU:0"):
         held = keras.tree.map_structure(tf.constant, labels if features is None else (features, *labels))
 
@@ -81,20 +75,21 @@ def _tf_batches(
 
     def gather_mapped(at: Any) -> Any:
         like = keras.tree.flatten(rows.features(tier, np.zeros(1, dtype=np.int64)))
-        parts = tf.numpy_function(
-            lambda i: keras.tree.flatten(rows.features(tier, i)),
-            [at],
-            [tf.as_dtype(part.dtype) for part in like],
-            stateful=False,
-        )
+        kinds = [tf.as_dtype(part.dtype) for part in like]
+        parts = tf.numpy_function(lambda i: keras.tree.flatten(rows.features(tier, i)), [at], kinds, stateful=False)
         for part, shape in zip(parts, like, strict=True):
             part.set_shape((None, *shape.shape[1:]))
         x = keras.tree.pack_sequence_as(rows.features(tier, np.zeros(1, dtype=np.int64)), parts)
         return (x if preprocess is None else preprocess(x), *gather(at))
 
     # Batches of indices, one gather a batch: per-row pipelines cost more than a small model's step.
-    data = index.batch(batch).map(gather if features is not None else gather_mapped)
-    return data.prefetch(2)
+    if seed is None:
+        index = tf.data.Dataset.range(rows.size(tier)).batch(batch)
+    else:
+        index = orders(rows.size(tier), seed).flat_map(
+            lambda order: tf.data.Dataset.from_tensor_slices(order).batch(batch)
+        )
+    return index.map(gather if features is not None else gather_mapped).prefetch(2)
 
 
 class _Gathered(keras.utils.PyDataset):
@@ -112,7 +107,7 @@ class _Gathered(keras.utils.PyDataset):
     ) -> None:
         super().__init__()
         self._rows, self._tier, self._preprocess, self._batch = rows, tier, preprocess, batch
-        self._features, self._labels = features, labels
+        self._features, self._labels = features, targets(rows, tier)
         self._rng = None if seed is None else np.random.default_rng(seed)
         self._order = np.arange(rows.size(tier))
         self.on_epoch_end()

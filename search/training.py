@@ -13,9 +13,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from search import fused
 from search.data import OpenRows
 from search.errors import SpaceError, TrialFailed
-from search.feeding import batches, joined
+from search.feeding import batches, joined, targets
 from search.problem import SpaceModule, first_line
 from search.scoring import in_order
 from search.tracing import TracingHyperParameters
@@ -228,20 +229,49 @@ def fit(
     )
     callbacks = [reporter, stopping, *module.callbacks(hp)]
     keras.utils.set_random_seed(seed)
-    if own is None:
-        if model.built:
-            # Variables that appear while Keras traces its training function make it trace a second time.
-            model.optimizer.build(model.trainable_variables)
-        train = batches(rows, "train", preprocess, batch=batch, budget=budget, seed=seed)
-        validation = batches(rows, "validation", preprocess, batch=_large(rows), budget=budget)
-        _run_whole_epochs(model, math.ceil(rows.size("train") / batch), callbacks)
-        # The batches come shuffled; asking Keras to shuffle them again would only make it warn.
-        model.fit(train, validation_data=validation, epochs=most, callbacks=callbacks, shuffle=False, verbose=0)
-    else:
+    if own is not None:
         _fit_by_module(own, hp, model, rows, preprocess, budget, batch, most, callbacks, seed)
+    elif fused.usable(model, callbacks) and rows.nbytes("train") + rows.nbytes("validation") <= budget:
+        train = (joined(rows, "train", preprocess), *targets(rows, "train"))
+        held = (joined(rows, "validation", preprocess), *targets(rows, "validation"))
+        options = {"epochs": most, "callbacks": callbacks}
+        fused.fit(model, train, held, batch=batch, large=_large(rows), seed=seed, **options)
+    else:
+        _fit_by_batches(model, rows, preprocess, budget, batch, most, callbacks, seed)
     at = stopping.best_epoch if reporter.epochs and objective in reporter.epochs[-1] else None
     reported = reporter.epochs[at if at is not None else -1] if reporter.epochs else {}
     return Fitted(len(reporter.epochs), None if at is None else at + 1, reported)
+
+
+def _fit_by_batches(
+    model: keras.Model,
+    rows: OpenRows,
+    preprocess: keras.Model | None,
+    budget: int,
+    batch: int,
+    epochs: int,
+    callbacks: list[Any],
+    seed: int,
+) -> None:
+    """The ordinary ``fit``, for what cannot run an epoch in one call."""
+    if model.built:
+        # Variables that appear while a function is traced make TensorFlow trace it twice.
+        model.optimizer.build(model.trainable_variables)
+    train = batches(rows, "train", preprocess, batch=batch, budget=budget, seed=seed)
+    validation = batches(rows, "validation", preprocess, batch=_large(rows), budget=budget)
+    steps = math.ceil(rows.size("train") / batch)
+    _run_whole_epochs(model, steps, callbacks)
+    endless = keras.backend.backend() == "tensorflow"
+    # The batches come shuffled; asking Keras to shuffle them again would only make it warn.
+    model.fit(
+        train,
+        validation_data=validation,
+        epochs=epochs,
+        steps_per_epoch=steps if endless else None,
+        callbacks=callbacks,
+        shuffle=False,
+        verbose=0,
+    )
 
 
 def _fit_by_module(
@@ -274,9 +304,7 @@ def _run_whole_epochs(model: keras.Model, steps: int, callbacks: Sequence[Any]) 
     The functions are reset because one that was compiled before would keep its old number of steps
     and silently train on a part of the rows.
     """
-    base = keras.callbacks.Callback
-    hooks = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
-    by_batch = any(getattr(type(c), hook) is not getattr(base, hook) for c in callbacks for hook in hooks)
+    by_batch = any(fused.watches_batches(callback) for callback in callbacks)
     if keras.backend.backend() != "torch":
         model.steps_per_execution = 1 if by_batch else max(1, min(steps, _MOST_STEPS_AT_ONCE))
     forget_functions(model)

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 
-from search import feeding, preflight, training
+from search import feeding, fused, preflight, training
 from search.data import Dataset, OpenRows, prepare
 from search.errors import SpaceError, TrialFailed
 from search.problem import SpaceModule, find
@@ -57,6 +57,15 @@ DROPOUT = (
 )
 
 
+WEIGHTED = (
+    "def load():\n"
+    "    rng = np.random.default_rng(0)\n"
+    "    x = rng.normal(size=(200, 4)).astype('float32')\n"
+    "    y = (x[:, 0] > 0).astype('int64')\n"
+    "    return Dataset(x, y, sample_weight=np.where(y == 1, 5.0, 0.1))"
+)
+
+
 def test_preflight_leaves_no_trace_in_the_training_that_follows(tmp_path: Path) -> None:
     plain = Running(tmp_path, "plain", build=DROPOUT)
     plain.fit()
@@ -81,12 +90,56 @@ def test_the_same_seed_trains_the_same_weights_whether_rows_are_copied_or_mapped
 def test_every_epoch_sees_every_row_once(tmp_path: Path) -> None:
     running = Running(tmp_path, "rows")
     data = feeding.batches(running.rows, "train", None, batch=32, budget=1 << 30, seed=1)
-    first = np.concatenate([np.asarray(x) for x, _ in data])
-    second = np.concatenate([np.asarray(x) for x, _ in data])
     expected = running.rows.features("train")
+    steps = -(-len(expected) // 32)
+    seen = np.concatenate([np.asarray(x) for x, _ in data.take(2 * steps)])
+    first, second = seen[: len(expected)], seen[len(expected) :]
     assert not np.array_equal(first, second)
-    for seen in (first, second):
-        assert np.array_equal(np.sort(seen, axis=0), np.sort(expected, axis=0))
+    for epoch in (first, second):
+        assert np.array_equal(np.sort(epoch, axis=0), np.sort(expected, axis=0))
+
+
+def test_an_epoch_in_one_call_agrees_with_the_ordinary_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs: dict[str, list[dict[str, float]]] = {"fused": [], "ordinary": []}
+    models = {}
+    for path, seen in logs.items():
+        if path == "ordinary":
+            monkeypatch.setattr(fused, "usable", lambda model, callbacks: False)
+        running = Running(tmp_path, path, build=DROPOUT)
+        running.fit(lambda body, seen=seen: seen.append(body["metrics"]), epochs=4)
+        models[path] = running.model
+    for one, other in zip(weights(models["fused"]), weights(models["ordinary"]), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    for ours, theirs in zip(logs["fused"], logs["ordinary"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_an_epoch_in_one_call_keeps_weights_of_rows_and_a_models_own_train_step(tmp_path: Path) -> None:
+    own = (
+        "class Own(keras.Sequential):\n"
+        "    def train_step(self, data):\n"
+        "        x, y, weight = data\n"
+        "        logs = super().train_step((x, y, weight))\n"
+        "        return logs | {'heaviest': keras.ops.max(weight)}\n\n\n"
+        "def build(hp):\n"
+        "    model = Own([keras.Input((4,)), keras.layers.Dense(2, activation='softmax')])\n"
+        "    model.compile('adam', 'sparse_categorical_crossentropy', metrics=['accuracy'])\n"
+        "    return model"
+    )
+    running = Running(tmp_path, "own_step", build=own, load=WEIGHTED)
+    reports: list[dict[str, Any]] = []
+    running.fit(reports.append, epochs=2)
+    assert reports[-1]["metrics"]["heaviest"] == 5.0
+    assert "val_accuracy" in reports[-1]["metrics"]
+
+
+def test_a_models_functions_are_its_own_again_after_training(tmp_path: Path) -> None:
+    running = Running(tmp_path, "after")
+    running.fit(epochs=1)
+    x, y = running.rows.features("validation"), running.rows.labels("validation")
+    whole = running.model.evaluate(x, y, verbose=0, return_dict=True)
+    (predicted,) = training.predict(running.model, x)
+    assert whole["accuracy"] == pytest.approx(float((predicted.argmax(axis=1) == y).mean()), abs=1e-6)
 
 
 def test_the_chosen_epoch_is_the_best_one_and_its_weights_are_kept(tmp_path: Path) -> None:
@@ -264,14 +317,7 @@ def test_a_declaration_tells_a_known_loss_with_its_settings_from_the_users_own(t
 
 
 def test_sample_weights_reach_training(tmp_path: Path) -> None:
-    weighted = (
-        "def load():\n"
-        "    rng = np.random.default_rng(0)\n"
-        "    x = rng.normal(size=(200, 4)).astype('float32')\n"
-        "    y = (x[:, 0] > 0).astype('int64')\n"
-        "    return Dataset(x, y, sample_weight=np.where(y == 1, 5.0, 0.1))"
-    )
-    plain, heavy = Running(tmp_path, "unweighted"), Running(tmp_path, "weighted", load=weighted)
+    plain, heavy = Running(tmp_path, "unweighted"), Running(tmp_path, "weighted", load=WEIGHTED)
     batch = next(iter(feeding.batches(heavy.rows, "train", None, batch=8, budget=1 << 30, seed=1)))
     assert len(batch) == 3 and set(np.asarray(batch[2]).round(1)) <= {np.float32(5.0), np.float32(0.1)}
     assert len(next(iter(feeding.batches(plain.rows, "train", None, batch=8, budget=1 << 30)))) == 2
