@@ -52,9 +52,13 @@ def batches(
         ``keras.utils.PyDataset`` on the others.
     """
     features = joined(rows, tier, preprocess) if rows.nbytes(tier) <= budget else None
-    if keras.backend.backend() != "tensorflow":
+    if not _has_tf_data():
         return _Gathered(rows, tier, preprocess, features, batch, seed)
     return _tf_batches(rows, tier, preprocess, features, batch, seed)
+
+
+def _has_tf_data() -> bool:
+    return bool(keras.backend.backend() == "tensorflow")
 
 
 def targets(rows: OpenRows, tier: str) -> tuple[Any, ...]:
@@ -101,7 +105,6 @@ class _Gathered(keras.utils.PyDataset):
         tier: str,
         preprocess: Any,
         features: Any,
-        labels: Any,
         batch: int,
         seed: int | None,
     ) -> None:

@@ -117,24 +117,23 @@ def _function(
     import tensorflow as tf
 
     held = keras.tree.map_structure(tf.constant, tuple(data))
+    of_rows = [tf.TensorSpec([None], tf.int64)]
 
-    @tf.autograph.experimental.do_not_convert
     def one(at: Any) -> Any:
         return step(keras.tree.map_structure(lambda part: tf.gather(part, at), held))
 
     # A function of its own, so that the step is traced once for the loop and for the last batch.
-    one = tf.function(one, input_signature=[tf.TensorSpec([None], tf.int64)], jit_compile=jit_compile)
+    batch_step = tf.function(one, input_signature=of_rows, jit_compile=jit_compile, autograph=False)
 
-    @tf.autograph.experimental.do_not_convert
     def epoch(order: Any) -> Any:
         last = (tf.size(order) - 1) // batch
 
         def body(number: Any) -> Any:
-            one(order[number * batch : (number + 1) * batch])
+            batch_step(order[number * batch : (number + 1) * batch])
             return number + 1
 
         tf.while_loop(lambda number: number < last, body, [tf.constant(0)], parallel_iterations=1)
-        return one(order[last * batch :])
+        return batch_step(order[last * batch :])
 
-    epoch = tf.function(epoch, input_signature=[tf.TensorSpec([None], tf.int64)])
-    return lambda iterator: epoch(next(iterator))
+    run = tf.function(epoch, input_signature=of_rows, autograph=False)
+    return lambda iterator: run(next(iterator))

@@ -261,7 +261,7 @@ def _fit_by_batches(
     validation = batches(rows, "validation", preprocess, batch=_large(rows), budget=budget)
     steps = math.ceil(rows.size("train") / batch)
     _run_whole_epochs(model, steps, callbacks)
-    endless = keras.backend.backend() == "tensorflow"
+    endless = not isinstance(train, keras.utils.PyDataset)
     # The batches come shuffled; asking Keras to shuffle them again would only make it warn.
     model.fit(
         train,

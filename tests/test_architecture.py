@@ -55,7 +55,7 @@ STDLIB_ONLY = {
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
 SLOW = {
-    "keras": {"training", "tracing", "feeding", "preflight", "custom_metric"},
+    "keras": {"training", "tracing", "feeding", "fused", "preflight", "custom_metric"},
     "keras_tuner": {"tracing"},
     "mlflow": {"tracking", "publisher"},
     "scipy": {"statistics"},

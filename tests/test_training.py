@@ -114,6 +114,17 @@ def test_an_epoch_in_one_call_agrees_with_the_ordinary_fit(tmp_path: Path, monke
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
+def test_backends_without_tf_data_get_the_same_rows_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Running(tmp_path, "gathered", load=WEIGHTED)
+    monkeypatch.setattr(fused, "usable", lambda model, callbacks: False)
+    monkeypatch.setattr(feeding, "_has_tf_data", lambda: False)
+    data = feeding.batches(running.rows, "train", None, batch=32, budget=0, seed=1)
+    seen = np.concatenate([data[n][0] for n in range(len(data))])
+    assert np.array_equal(np.sort(seen, axis=0), np.sort(running.rows.features("train"), axis=0))
+    assert all(len(data[n]) == 3 for n in range(len(data)))
+    assert running.fit(epochs=2).epochs == 2
+
+
 def test_an_epoch_in_one_call_keeps_weights_of_rows_and_a_models_own_train_step(tmp_path: Path) -> None:
     own = (
         "class Own(keras.Sequential):\n"
