@@ -18,9 +18,10 @@ if TYPE_CHECKING:
         TrackingError,
     )
     from search.evaluation import evaluate
+    from search.rehearsal import check, try_params
     from search.study import Study
     from search.study import names as studies
-    from search.wiring import check, launch, resume, try_params
+    from search.wiring import launch, resume
 
 # Loaded when first used: `heldout --help` and a space module need none of the rest.
 _HOME = {
@@ -34,12 +35,12 @@ _HOME = {
     "StudyError": "errors",
     "StudyFailed": "errors",
     "TrackingError": "errors",
-    "check": "wiring",
+    "check": "rehearsal",
     "evaluate": "evaluation",
     "launch": "wiring",
     "resume": "wiring",
     "studies": "study",
-    "try_params": "wiring",
+    "try_params": "rehearsal",
 }
 
 __all__ = [

@@ -43,9 +43,7 @@ def encode(body: Body) -> bytes:
     # Escaped to ASCII, so that a lone surrogate (an odd file name in an exception) cannot stop a message.
     text = json.dumps(body, ensure_ascii=True, separators=(",", ":")).encode("ascii")
     if len(text) > MAX_FRAME:
-        raise ChannelError(
-            f"a message must fit {MAX_FRAME} bytes, but got {len(text)}: send a file's name instead"
-        )
+        raise ChannelError(f"a message must fit {MAX_FRAME} bytes, but got {len(text)}: send a file's name instead")
     return _HEADER.pack(len(text)) + text
 
 
@@ -82,9 +80,7 @@ class Receiver:
         while len(self._buffer) >= _HEADER.size:
             (length,) = _HEADER.unpack_from(self._buffer)
             if not 0 < length <= MAX_FRAME:
-                raise ChannelError(
-                    f"a message must have 1 to {MAX_FRAME} bytes, but got {bytes(self._buffer[:40])!r}"
-                )
+                raise ChannelError(f"a message must have 1 to {MAX_FRAME} bytes, but got {bytes(self._buffer[:40])!r}")
             end = _HEADER.size + length
             if len(self._buffer) < end:
                 return

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,13 +29,20 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except HeldoutError as error:
             if ctx.params.get("debug"):
-                raise
+                traceback.print_exc()
             click.echo(f"heldout: {error}", err=True)
             ctx.exit(2 if isinstance(error, RequestError) else 1)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            said = " ".join(str(error).split())[:300]
+            click.echo(f"heldout: {type(error).__name__}: {said} (where: `heldout --debug …`)", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo(
-                "heldout: stopped; what was finished is recorded: `heldout status` shows it, `heldout "
-                "resume STUDY` goes on",
+                "heldout: stopped; `heldout status` shows what is recorded, `heldout resume STUDY` goes on",
                 err=True,
             )
             ctx.exit(1)
@@ -95,7 +104,10 @@ def _search_options(command: Any) -> Any:
 @click.option("--tag", "tags", multiple=True, metavar="K=V", help="A tag for every MLflow run; may be repeated.")
 @_as_json
 def launch(space: str, tags: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Search SPACE, a Python file, a dotted module or the name of a shipped space."""
+    """Search a space and test what it finds.
+
+    SPACE is a Python file, a dotted module, or the name of a shipped space.
+    """
     from search.wiring import launch as run
 
     with _watching(options["trials"], as_json) as watcher:
@@ -112,8 +124,9 @@ def resume(study: str, workspace: str | None, as_json: bool) -> None:
     from search.study import Study
     from search.wiring import resume as run
 
-    planned = Study(study, workspace).meta("study", {"config": {"trials": None}})["config"]["trials"]
-    with _watching(planned, as_json) as watcher:
+    stopped = Study(study, workspace)
+    planned = stopped.meta("study", {"config": {"trials": None}})["config"]["trials"]
+    with _watching(planned, as_json, [t for t in stopped.trials if t.state.is_finished]) as watcher:
         found = run(study, workspace=workspace, watcher=watcher)
     _finished(found, as_json)
 
@@ -123,25 +136,30 @@ def resume(study: str, workspace: str | None, as_json: bool) -> None:
 @_search_options
 @_as_json
 def check(space: str, as_json: bool, **options: Any) -> None:
-    """Say what would be searched, on which rows, and what it would cost."""
-    from search.wiring import check as run
+    """Say what a launch would search, and its cost."""
+    from search.rehearsal import check as run
+    from search.report import check_lines
 
     with _watching(None, as_json) as watcher:
         found = run(space, watcher=watcher, **options)
     if as_json:
         return _print_json(found)
-    _print_check(found)
+    for line in check_lines(found):
+        click.echo(line)
 
 
 @main.command("try")
 @click.argument("space")
 @click.option("--params", default="{}", metavar="JSON", help="Values by name; the rest are the defaults.")
 @click.option("--epochs", type=int, help="Epochs at most [the module's].")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of training.")
 @_as_json
 def try_(space: str, params: str, epochs: int | None, seed: int, as_json: bool) -> None:
-    """Run one trial of SPACE here and now; breakpoints work and nothing is recorded."""
-    from search.wiring import try_params
+    """Run one trial here; nothing is recorded.
+
+    Breakpoints work, and errors come as Python raises them.
+    """
+    from search.rehearsal import try_params
 
     try:
         values = json.loads(params)
@@ -151,7 +169,7 @@ def try_(space: str, params: str, epochs: int | None, seed: int, as_json: bool) 
         ) from None
     if not isinstance(values, dict):
         raise RequestError(f"--params must be a JSON object, but got {params!r}")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     found = try_params(space, values, epochs=epochs, seed=seed, say=None if as_json else click.echo)
     if as_json:
         return _print_json(found)
@@ -227,7 +245,8 @@ def report(study: str | None, workspace: str | None, as_json: bool) -> None:
 @_workspace
 @_as_json
 def show(study: str, trial: int, workspace: str | None, as_json: bool) -> None:
-    """Show one TRIAL of STUDY: parameters, epochs, and all it printed."""
+    """Show one trial, and all that it printed."""
+    from search.report import trial_lines
     from search.study import Study
 
     found = Study(study, workspace)
@@ -241,7 +260,8 @@ def show(study: str, trial: int, workspace: str | None, as_json: bool) -> None:
     if as_json:
         epochs = [{"attempt": r.attempt, "step": r.step, "metrics": dict(r.metrics)} for r in reports]
         return _print_json(one.to_json() | {"reports": epochs, "log": printed})
-    _print_trial(one, [(r.step, dict(r.metrics)) for r in reports if r.attempt == one.attempt], printed)
+    for line in trial_lines(one, [r for r in reports if r.attempt == one.attempt], printed):
+        click.echo(line)
 
 
 @main.command()
@@ -261,7 +281,10 @@ def export(
     workspace: str | None,
     as_json: bool,
 ) -> None:
-    """Write STUDY's best model, its lineage and a model card to a folder."""
+    """Write the best model to a folder.
+
+    With it go its lineage, a model card, and the space's source.
+    """
     from search.export import export as run
     from search.study import Study
 
@@ -281,7 +304,10 @@ def export(
 @_workspace
 @_as_json
 def evaluate(study: str, workspace: str | None, as_json: bool) -> None:
-    """Open the sealed test rows for STUDY's winner and baseline; counted."""
+    """Open the sealed test rows; counted.
+
+    Winner and baseline are scored. A selection that was tested before is answered from the record.
+    """
     from search.evaluation import evaluate as run
     from search.study import Study
 
@@ -315,7 +341,7 @@ def ui(port: int, workspace: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _watching(planned: int | None, as_json: bool) -> Iterator[Any]:
+def _watching(planned: int | None, as_json: bool, earlier: Sequence[Trial] = ()) -> Iterator[Any]:
     """A live view on standard error, so that standard output carries the result alone."""
     from rich.console import Console
 
@@ -324,7 +350,7 @@ def _watching(planned: int | None, as_json: bool) -> Iterator[Any]:
     if as_json:
         yield None
         return
-    with View(Console(stderr=True), planned) as view:
+    with View(Console(stderr=True), planned, earlier) as view:
         yield view
 
 
@@ -337,7 +363,16 @@ def _tags(given: tuple[str, ...]) -> dict[str, str]:
 
 
 def _print_json(found: Any) -> None:
-    click.echo(json.dumps(found, indent=2, default=str))
+    click.echo(json.dumps(_strict(found), indent=2, default=str, allow_nan=False))
+
+
+def _strict(found: Any) -> Any:
+    """What JSON can hold: it has neither NaN nor infinities, which trials do report."""
+    if isinstance(found, dict):
+        return {key: _strict(value) for key, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [_strict(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def _finished(study: Any, as_json: bool) -> None:
@@ -348,15 +383,13 @@ def _finished(study: Any, as_json: bool) -> None:
     if as_json:
         _print_json(found)
     else:
+        uri = str(found["tracking"]["uri"] or "")
+        server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+        link = _compare_link(study.name, str(study.workspace), server)
+        if link:  # before the report, since it is longer than a screen is wide
+            click.echo(f"all trials in MLflow{'' if server == uri else ' (after `heldout ui`)'}: {link}")
         for line in lines(found):
             click.echo(line)
-        uri = str(found["tracking"]["uri"] or "")
-        link = _compare_link(
-            study.name, str(study.workspace), uri if uri.startswith("http") else "http://127.0.0.1:5000"
-        )
-        hint = "" if uri.startswith("http") else "after `heldout ui`: "
-        if link:
-            click.echo(f"all trials in MLflow: {hint}{link}")
         if found["best"] is not None:
             click.echo(f"export the model: heldout export {study.name} --out {study.name}-model")
     if found["best"] is None:
@@ -370,50 +403,6 @@ def _compare_link(name: str, workspace: str | None, base: str) -> str | None:
     found = publishing.read(Study(name, workspace).folder)
     runs = [run for _, run in sorted(found.get("runs", {}).items(), key=lambda item: int(item[0]))]
     return publishing.compare_link(base, found["experiment_id"], runs) if runs else None
-
-
-def _print_check(found: dict[str, Any]) -> None:
-    from search.report import number
-
-    data = found["data"]
-    tiers = ", ".join(f"{name} {count}" for name, count in data["tiers"].items())
-    click.echo(
-        f"{found['name']}: {found['objective']} ({found['direction']}), {found['size']} weights in the default model"
-    )
-    click.echo(f"rows: {data['rows']} ({tiers}); labels of guard and test are sealed")
-    for warning in data["warnings"]:
-        click.echo(f"note: {warning}")
-    click.echo("parameters:" if found["complete"] else "parameters found within the time limit (more may follow):")
-    for key, domain in found["space"].items():
-        click.echo(f"    {key}: {_domain(domain)}")
-    click.echo(f"the model reports: {', '.join(found['reported'])}")
-    click.echo(
-        f"plan: {found['trials']} trials of up to {found['epochs']} epochs on {found['slots']} slots, "
-        f"{number(found['epoch_seconds'])} s an epoch: about {found['estimate_seconds'] / 60:.1f} minutes"
-    )
-
-
-def _domain(domain: dict[str, Any]) -> str:
-    default = f", default {domain['default']}"
-    if domain["kind"] in ("choice", "fixed", "boolean"):
-        return f"{domain['kind']} {', '.join(map(str, domain.get('values') or (False, True)))}{default}"
-    step = f", step {domain['step']}" if domain.get("step") else ""
-    scale = f", {domain['sampling']}" if domain.get("sampling") not in (None, "linear") else ""
-    return f"{domain['kind']} {domain['low']} to {domain['high']}{step}{scale}{default}"
-
-
-def _print_trial(trial: Trial, reports: list[tuple[int, dict[str, float]]], printed: str) -> None:
-    score = "" if trial.score is None else f", validation score {trial.score:.6g}"
-    click.echo(f"trial {trial.number}: {trial.state}{score}, seed {trial.seed}, attempt {trial.attempt}")
-    if trial.reason:
-        click.echo(f"{trial.reason}: {trial.message}")
-    for key, value in trial.params.items():
-        click.echo(f"    {key} = {value}")
-    for step, metrics in reports:
-        click.echo(f"epoch {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    if printed.strip():
-        click.echo("it printed:")
-        click.echo(printed.rstrip())
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ def score(payload: dict[str, Any], module: SpaceModule) -> dict[str, Any]:
     Returns:
         ``values``: name to value.
     """
+    keras.utils.clear_session()  # in the process of `heldout try` a trial's model has taken the metrics' names
+    keras.utils.set_random_seed(0)
     model = training.build(module, TracingHyperParameters(None, 0, True))
     names = training.output_names(model)
     values = {}
@@ -41,10 +43,12 @@ def _value(model: keras.Model, wanted: str, names: list[str], predicted: list[An
     y_pred: Any = dict(zip(names, predicted, strict=True)) if several else predicted[0]
     if several and not isinstance(model.output, dict):
         y_true, y_pred = labels, predicted
-    if wanted == "loss":
-        # The compiled loss over all rows; penalties on weights are not part of a score.
-        return float(keras.ops.convert_to_numpy(model.compute_loss(y=y_true, y_pred=y_pred, training=False)))
     model.reset_metrics()
+    # First the loss, which fills in those of the single outputs.
+    loss = float(model.compute_loss(y=y_true, y_pred=y_pred, training=False))
+    if wanted == "loss":
+        # Penalties on weights are not part of a score: they would be those of the default model's first weights.
+        return loss - float(sum(float(penalty) for penalty in model.losses))
     result = keras.tree.map_structure(float, model.compute_metrics(None, y_true, y_pred))
     if wanted not in result:
         raise SpaceError(f"the default model does not report {wanted!r}; it reports {', '.join(result)}")

@@ -175,11 +175,7 @@ def _check_supplied(rows: Rows, given: Tiers, x_hashes: Hashes) -> None:
                 f"no group may be in two tiers, but {_counted(numbers[shared])} of {name} belong to groups "
                 "that go on outside it; keep each group whole"
             )
-        if (
-            code == TEST
-            and rows.time is not None
-            and (early := mine & (rows.time <= rows.time[others].max())).any()
-        ):
+        if code == TEST and rows.time is not None and (early := mine & (rows.time <= rows.time[others].max())).any():
             raise DataError(
                 f"test rows must be later than all others when time is given, but {_counted(numbers[early])} "
                 "of test are not; leave them out, or leave out `time`"

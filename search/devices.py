@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from search.errors import RequestError
-from search.executors import Slot
+from search.executors import NO_GPU, Slot
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-# An empty value hides every GPU from CUDA as well, but some shells and launchers drop empty variables.
-_NO_GPU = {VISIBLE: "-1"}
 # Of a shared GPU's memory: CUDA's own context and kernels take some in every process, outside of every limit.
 _USABLE = 0.9
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -117,13 +115,9 @@ def slots(
             raise RequestError(f"{flag} must be at least 1, but got {value}")
     asked = [flag for flag, value in sharing.items() if value is not None]
     if len(asked) == 2:
-        raise RequestError(
-            "--trials-per-gpu and --gpus-per-trial exclude each other, but got both: leave one out"
-        )
+        raise RequestError("--trials-per-gpu and --gpus-per-trial exclude each other, but got both: leave one out")
     if workers is not None and gpus not in (None, "none"):
-        raise RequestError(
-            f"--workers counts CPU slots, but got it with --gpus {gpus}: leave one of them out"
-        )
+        raise RequestError(f"--workers counts CPU slots, but got it with --gpus {gpus}: leave one of them out")
     if workers is not None and asked:
         raise RequestError(f"--workers counts CPU slots, but got it with {asked[0]}: leave one of them out")
     if gpus == "none" and asked:
@@ -136,11 +130,9 @@ def slots(
             devices = _chosen(devices, gpus)
     if not devices:
         if asked:
-            raise RequestError(
-                f"{asked[0]} needs a GPU, but none is visible: leave it out, or see nvidia-smi"
-            )
+            raise RequestError(f"{asked[0]} needs a GPU, but none is visible: leave it out, or see nvidia-smi")
         count = _cpus() if workers is None else workers
-        return tuple(Slot(index, max(1, _cpus() // count), _NO_GPU) for index in range(count))
+        return tuple(Slot(index, max(1, _cpus() // count), NO_GPU) for index in range(count))
     if gpus_per_trial is not None:
         return _joined(devices, gpus_per_trial)
     return _shared(devices, trials_per_gpu or 1)
@@ -148,13 +140,9 @@ def slots(
 
 def _joined(devices: Sequence[Gpu], each: int) -> tuple[Slot, ...]:
     if each > len(devices):
-        raise RequestError(
-            f"--gpus-per-trial must be at most {len(devices)}, the GPUs there are, but got {each}"
-        )
+        raise RequestError(f"--gpus-per-trial must be at most {len(devices)}, the GPUs there are, but got {each}")
     if each > 1 and any(gpu.uuid.startswith("MIG-") for gpu in devices):
-        raise RequestError(
-            f"--gpus-per-trial must be 1 with MIG devices, of which CUDA uses one, but got {each}"
-        )
+        raise RequestError(f"--gpus-per-trial must be 1 with MIG devices, of which CUDA uses one, but got {each}")
     groups = [devices[start : start + each] for start in range(0, len(devices) - each + 1, each)]
     return tuple(_gpu_slot(index, group, 1, len(groups)) for index, group in enumerate(groups))
 
@@ -208,16 +196,12 @@ def _chosen(visible: Sequence[Gpu], words: str | None) -> list[Gpu]:
     chosen = []
     for word in (part.strip() for part in (words or "").split(",")):
         if not visible:
-            raise RequestError(
-                f"--gpus {words} needs GPUs, but none is visible: use --workers, or see nvidia-smi"
-            )
+            raise RequestError(f"--gpus {words} needs GPUs, but none is visible: use --workers, or see nvidia-smi")
         if word not in names:
             there = ", ".join(str(position) for position in range(len(visible)))
             raise RequestError(f"--gpus takes auto, none, or numbers out of {there}, but got {word!r}")
         if names[word] in chosen:
-            raise RequestError(
-                f"--gpus must name each GPU once, but got {words}: use --trials-per-gpu to share one"
-            )
+            raise RequestError(f"--gpus must name each GPU once, but got {words}: use --trials-per-gpu to share one")
         chosen.append(names[word])
     return chosen
 

@@ -199,8 +199,11 @@ class Domain:
         low, high = self._bounds
         if isinstance(value, str) or not low <= value <= high:
             return None
-        if isinstance(value, int) and self.kind == "int" and isinstance(self.step, int | None) and (
-            self._linear or self.step is None
+        if (
+            isinstance(value, int)
+            and self.kind == "int"
+            and isinstance(self.step, int | None)
+            and (self._linear or self.step is None)
         ):
             place, rest = divmod(value - int(low), self.step or 1)  # exact, however wide the range
             return None if rest else place

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from search import errors
 from search.errors import RequestError, SpaceError, StudyFailed, TrialFailed
-from search.executors import Executor, Exited, Job, Lost, Message, Slot, Warned
+from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot, Warned
 from search.journal import Journal
 from search.samplers import Proposal, Sampler, propose
 from search.space import Space
@@ -59,20 +59,11 @@ class Watcher(Protocol):
 class Silent:
     """A watcher that shows nothing."""
 
-    def started(self, trial: Trial) -> None:
-        """Ignore."""
-
-    def epoch(self, report: Report) -> None:
-        """Ignore."""
-
-    def ended(self, trial: Trial) -> None:
-        """Ignore."""
-
-    def say(self, text: str) -> None:
-        """Ignore."""
-
-    def tick(self) -> None:
-        """Ignore."""
+    def started(self, trial: Trial) -> None: ...
+    def epoch(self, report: Report) -> None: ...
+    def ended(self, trial: Trial) -> None: ...
+    def say(self, text: str) -> None: ...
+    def tick(self) -> None: ...
 
 
 @dataclass
@@ -83,6 +74,8 @@ class _Running:
     result: dict[str, Any] | None = None
     failure: TrialFailed | None = None
     settled: Verdict | None = None
+    scoring: dict[str, Any] = field(default_factory=dict)
+    losses: int = 0  # of its score job
 
 
 class Driver:
@@ -128,6 +121,9 @@ class Driver:
         self._checked = discovery is None or bool(first and first[0].state.is_finished)
         self._failures = 0
         self._exhausted = False
+        self._starved: int | None = None  # length of the journal when nothing new could be proposed
+        self._discoveries = 0
+        self._found: dict[str, Any] | None = None  # what preflight said, until discovery has spoken too
         self._baseline_asks: list[dict[str, Any]] = []
 
     def run(self) -> str:
@@ -142,8 +138,7 @@ class Driver:
             StudyFailed: If ten trials in a row failed, or trial processes cannot be had.
         """
         self._requeue_interrupted()
-        if self._discovery is not None:
-            self._executor.submit(Job("discover", "discover", self._discovery), None)
+        self._discover()
         while True:
             self._fill()
             if not self._running and (self._space is not None or self._discovery is None) and not self._more():
@@ -168,6 +163,8 @@ class Driver:
 
     def _fill(self) -> None:
         while self._free and self._more():
+            if not self._requeued and self._running and self._starved == self._journal.length:
+                return
             number = self._requeued[0].number if self._requeued else len(self._journal.history())
             if number and (self._space is None or not self._checked):
                 return  # only the baseline may run before preflight and discovery have spoken
@@ -176,6 +173,9 @@ class Driver:
                 self._start(dataclasses.replace(waiting, attempt=waiting.attempt + 1))
                 continue
             trial = self._proposed(number)
+            if trial is None and self._running:  # what runs may yet ask for more, in its fit for instance
+                self._starved = self._journal.length
+                return
             if trial is None:
                 self._exhausted = True
                 self._watcher.say(f"the space has no further configuration: it is exhausted after {number} trials")
@@ -209,12 +209,17 @@ class Driver:
     def _handle(self, event: Any) -> None:
         if isinstance(event, Warned):
             self._watcher.say(event.text)
-        elif event.job == "discover":
+        elif event.job.startswith("discover"):
             self._discovered(event)
         elif event.job.startswith("score-"):
             self._scored(event)
         elif event.job in self._running:
             self._trial_event(self._running[event.job], event)
+
+    def _discover(self) -> None:
+        if self._discovery is not None:
+            self._executor.submit(Job(f"discover-{self._discoveries}", "discover", self._discovery, env=NO_GPU), None)
+            self._discoveries += 1
 
     def _discovered(self, event: Any) -> None:
         if isinstance(event, Message) and event.body["type"] == "result":
@@ -223,12 +228,15 @@ class Driver:
                 # The baseline was sooner; what it asked for while training is not known to discovery.
                 self._journal.grow(self._baseline_asks)
             self._space = self._journal.space()
+            self._begin()
             if not event.body["complete"]:
                 self._watcher.say(
                     "discovery reached its time limit; parameters found later join the search as trials ask for them"
                 )
         elif isinstance(event, Message) and event.body["type"] == "failed":
             raise _request_error(event.body)
+        elif isinstance(event, Lost) and self._space is None and self._discoveries < _MOST_ATTEMPTS_AFTER_LOSS:
+            self._discover()
         elif isinstance(event, Exited | Lost) and self._space is None:
             raise SpaceError(
                 "the process that builds the space to discover its parameters ended without an answer; run "
@@ -244,8 +252,8 @@ class Driver:
                 running.asks = event.body["asks"]
                 self._journal.grow(running.asks, running.trial.number, complete=False)
             elif kind == "preflight":
-                self._checked = True
-                self._on_preflight(event.body)
+                self._checked, self._found = True, event.body
+                self._begin()
             elif kind == "result":
                 running.result, running.asks = event.body, event.body["asks"]
             elif kind == "failed":
@@ -257,6 +265,12 @@ class Driver:
         elif isinstance(event, Exited):
             self._exited(running, event)
 
+    def _begin(self) -> None:
+        """Say that the request is sound, once preflight and discovery agree on it."""
+        if self._found is not None and self._space is not None:
+            self._on_preflight(self._found)
+            self._found = None
+
     def _reported(self, running: _Running, body: dict[str, Any]) -> None:
         trial = running.trial
         report = Report(trial.number, trial.attempt, body["step"], self._clock(), body["metrics"])
@@ -266,11 +280,7 @@ class Driver:
 
     def _exited(self, running: _Running, event: Exited) -> None:
         if running.failure is None and running.result is None:
-            how = (
-                f"was ended by signal {event.signal}"
-                if event.signal
-                else f"exited with code {event.code} and no result"
-            )
+            how = f"was ended by signal {event.signal}" if event.signal else f"exited with {event.code} and no result"
             hint = "; the machine may have run out of memory" if event.signal == 9 else ""
             running.failure = TrialFailed("crash", f"the trial's process {how}{hint}")
             if not self._checked and running.trial.number == 0:
@@ -285,16 +295,18 @@ class Driver:
             verdict = self._judge.judge(running.result)
         except TrialFailed as failure:
             running.failure, verdict = failure, None
+        except Exception as error:  # of one trial: its model may lack the metric, or have another shape
+            why = " ".join(str(error).split())[:300]
+            running.failure, verdict = TrialFailed("invalid", f"it could not be scored: {why}"), None
         if isinstance(verdict, dict):
-            job = Job(
-                f"score-{running.trial.number}-{running.trial.attempt}",
-                "score",
-                verdict,
-                env=running.slot.env,
-            )
-            self._executor.submit(job, running.slot)
+            running.scoring = verdict
+            self._score(running)
         else:
             self._finish(running, verdict)
+
+    def _score(self, running: _Running) -> None:
+        job = Job(f"score-{running.trial.number}-{running.trial.attempt}", "score", running.scoring)
+        self._executor.submit(job, running.slot)
 
     def _scored(self, event: Any) -> None:
         running = self._running[event.job.replace("score-", "trial-", 1)]
@@ -307,7 +319,11 @@ class Driver:
             running.failure = TrialFailed("invalid", f"the metric could not be computed: {event.body['message']}")
         elif isinstance(event, Exited | Lost):
             if running.settled is None and running.failure is None:
-                running.failure = TrialFailed("crash", "the process that computes the metric ended without an answer")
+                running.losses += isinstance(event, Lost)
+                if isinstance(event, Lost) and running.losses < _MOST_ATTEMPTS_AFTER_LOSS:
+                    return self._score(running)
+                reason = "lost" if isinstance(event, Lost) else "crash"
+                running.failure = TrialFailed(reason, "the process that computes the metric ended without an answer")
             self._finish(running, None if running.failure else running.settled)
 
     def _lost(self, running: _Running, job: str) -> None:

@@ -76,7 +76,8 @@ def open_test(folder: Path, journal: Journal, executor: Executor, watcher: Watch
     ledger.verify()
     recorded = ledger.find(frozen["digest"])
     if recorded is not None:
-        return _record(journal, recorded | {"replayed": True})
+        watcher.say("this selection was tested before: its recorded answer stands, and nothing was opened")
+        return _record(journal, recorded)
     earlier = ledger.openings(sealed.row_hashes(), prepared["manifest"]["fingerprint"])
     if earlier and not again:
         return _record(journal, {"opened": False, "why": _used(earlier, folder.name), "openings": earlier})
@@ -183,9 +184,10 @@ def build_file(
     job = Job(f"export-{trial.number}", "export", payload, log=str(path.parent / "export.log"))
     built = wiring.call(executor, job, watcher, slot=executor.slots[0])
     asked = space.grown(built["asks"]).params_of(built["asks"])
-    if dict(asked) != dict(trial.params):
+    # What only fit or callbacks asked for, such as a batch size, is not asked for when a model is only built.
+    if asked != {key: trial.params.get(key) for key in asked}:
         raise RequestError(
-            f"trial {trial.number} had the parameters {dict(trial.params)}, but its space now asks for {dict(asked)}"
+            f"trial {trial.number} had the parameters {dict(trial.params)}, but its space now asks for {asked}"
         )
     return {"declaration": built["declaration"], "custom": built["custom"], "size": built["size"]}
 
@@ -264,8 +266,9 @@ def _scored(
         }
         out["beats_baseline"] = bool(difference.low > 0)
     else:
-        out["difference"], out["beats_baseline"] = None, False
-    if not out["beats_baseline"]:
+        out["difference"] = None
+        out["beats_baseline"] = False if "baseline" in inputs else None
+    if out["beats_baseline"] is False:
         out["verdicts"].append("NO_GAIN_SHOWN")
     return out
 
@@ -285,7 +288,7 @@ def _custom_scored(
         "objective": frozen["objective"],
         "sets": {role: {"predictions": files[role], "labels": labels} for role in frozen["models"]},
     }
-    values = wiring.call(executor, Job("score-test", "score", payload), watcher)["values"]
+    values = wiring.call(executor, Job("score-test", "score", payload), watcher, executor.slots[0])["values"]
     out: dict[str, Any] = {
         "objective": frozen["objective"],
         "rows": prepared["manifest"]["tiers"]["test"],

@@ -15,7 +15,7 @@ from search import publishing, scoring, wiring
 from search.driver import Silent, Watcher
 from search.errors import RequestError, StudyError
 from search.evaluation import build_file, predict_file
-from search.executors import Executor
+from search.executors import Executor, Job
 from search.journal import Journal
 from search.judge import RowJudge
 from search.problem import Problem
@@ -61,27 +61,33 @@ def export(
     with study.journal() as journal:
         chosen = _chosen(study, journal, trial)
         prepared = journal.get("prepared")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".heldout-export-", dir=folder.parent) as scratch:
+        uri = publishing.uri_of(journal.get("study")) if register is not None else ""
+        with _beside(folder) as scratch:
             with wiring.start_executor(
                 wiring.one_slot(), Problem(**prepared["problem"]), Path(scratch), None
             ) as executor:
                 lineage = _written(study, journal, executor, watcher, chosen, Path(scratch) / "out", format)
-            if register is not None:
-                from search.registry import register_model
-
-                watcher.say(f"registering {register}")
-                lineage["registered"] = register_model(
-                    Path(scratch) / "out" / "model.keras",
-                    register,
-                    publishing.uri_of(journal.get("study")),
-                    lineage,
-                )
-                _write_json(Path(scratch) / "out" / "lineage.json", lineage)
+                if register is not None:
+                    watcher.say(f"registering {register}")
+                    asked = {"problem": prepared["problem"], "path": str(Path(scratch) / "out" / "model.keras")}
+                    asked |= {"name": register, "uri": uri, "lineage": lineage}
+                    job = Job("register", "register", asked, env=publishing.MLFLOW_ENVIRONMENT)
+                    done = wiring.call(executor, job, watcher, executor.slots[0])
+                    lineage["registered"] = done["registered"]
+                    _write_json(Path(scratch) / "out" / "lineage.json", lineage)
             if folder.exists():
                 folder.rmdir()
             os.replace(Path(scratch) / "out", folder)
     return lineage
+
+
+def _beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder to write in that can be moved into place."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=".heldout-export-", dir=folder.parent)
+    except OSError as error:
+        raise RequestError(f"--out must be in a folder that can be written, but {folder}: {error.strerror}") from None
 
 
 def _chosen(study: Study, journal: Journal, number: int | None) -> Trial:
@@ -133,7 +139,7 @@ def _written(
         "versions": meta["versions"],
         "custom_objects": built["custom"],
         "objective": meta["objective"],
-        **_scores(journal, executor, watcher, prepared, built | {"path": str(path)}, trial),
+        **_scores(journal, executor, watcher, prepared, built | {"path": str(path)}, trial.number),
         "exported": datetime.now(UTC).isoformat(timespec="seconds"),
         "format": format,
     }
@@ -149,7 +155,7 @@ def _scores(
     watcher: Watcher,
     prepared: dict[str, Any],
     model: dict[str, Any],
-    trial: Trial,
+    number: int,
 ) -> dict[str, Any]:
     """``scores`` of the exported file by tier (test: from its one opening), and the ``batch_size`` they "
     "were made with."""
@@ -157,18 +163,27 @@ def _scores(
     judge = RowJudge(Path(prepared["rows"]), Path(prepared["sealed"]), meta["objective"], prepared["problem"])
     metric = scoring.resolve(meta["objective"], model["declaration"])
     scores: dict[str, Any] = {}
+    files: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory(prefix="heldout-score-") as scratch:
         for tier in ("validation", "guard"):
             found = predict_file(executor, watcher, prepared, {"model": model}, tier, Path(scratch))
             result = {"predictions": {tier: found["predictions"]["model"]}, "declaration": model["declaration"]}
             if metric.kind != "custom":
                 scores[tier] = {"score": judge.score(tier, metric, result).value}
-    if metric.kind == "custom":
-        scores["validation"] = {"score": trial.score}
+            files[tier] = found["predictions"]["model"]
+        if metric.kind == "custom":
+            asked = {
+                "problem": prepared["problem"],
+                "objective": meta["objective"],
+                "sets": judge.sets({"predictions": files}),
+            }
+            job = Job("score-export", "score", asked)
+            values = wiring.call(executor, job, watcher, executor.slots[0])["values"]
+            scores = {tier: {"score": values[tier]} for tier in ("validation", "guard")}
     evaluation = journal.get("evaluation") or {}
     for role in ("winner", "baseline"):
         tested = evaluation.get(role) if evaluation.get("opened") else None
-        if tested and tested["trial"] == trial.number:
+        if tested and tested["trial"] == number:
             scores["test"] = {key: tested[key] for key in ("score", "interval", "method")} | {
                 "level": evaluation["level"],
                 "opening": evaluation["opening"],

@@ -106,9 +106,7 @@ class History:
         number, before = trial.number, self._trials.get(trial.number)
         if before is None:
             if number < 0 or trial.state.is_finished:
-                raise ValueError(
-                    f"a trial starts WAITING or RUNNING, but trial {number} would be {trial.state}"
-                )
+                raise ValueError(f"a trial starts WAITING or RUNNING, but trial {number} would be {trial.state}")
             if not 0 <= trial.history_length <= self.length:
                 seen = trial.history_length
                 raise ValueError(f"trial {number} can have seen {self.length} events, but claims {seen}")

@@ -37,9 +37,7 @@ from search.trial import Report, Trial, TrialState
 class Journal:
     """The record of one study. Made by ``create`` and ``open``; a context manager that closes it."""
 
-    def __init__(
-        self, path: Path, connection: sqlite3.Connection, read_only: bool, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, path: Path, connection: sqlite3.Connection, read_only: bool, clock: Callable[[], float]) -> None:
         self.path = path
         self.read_only = read_only
         self._connection = connection

@@ -100,9 +100,7 @@ def dumps(value: Any) -> str:
 def damaged(path: Path, error: Exception) -> RequestError:
     """The error for a file that cannot be read as a journal."""
     if isinstance(error, sqlite3.OperationalError):  # the file may be as good as ever
-        return RequestError(
-            f"{path} must be open to you, but: {error}; see to its permissions, disk and locks"
-        )
+        return RequestError(f"{path} must be open to you, but: {error}; see to its permissions, disk and locks")
     return RequestError(f"{path} must be a readable journal, but: {error}; restore it from a copy")
 
 

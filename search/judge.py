@@ -39,7 +39,7 @@ class RowJudge:
         """
         metric = scoring.resolve(self._objective, result["declaration"])
         if metric.kind == "custom":
-            return {"problem": self._problem, "objective": self._objective, "sets": self._sets(result)}
+            return {"problem": self._problem, "objective": self._objective, "sets": self.sets(result)}
         validation = self.score("validation", metric, result)
         guard = self.score("guard", metric, result)
         losses = None
@@ -64,7 +64,8 @@ class RowJudge:
             raise TrialFailed("nan", f"the metric is {values['validation']} on the validation rows")
         return Verdict(float(values["validation"]), float(values["guard"]))
 
-    def _sets(self, result: dict[str, Any]) -> dict[str, Any]:
+    def sets(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Predictions and labels as paths, for a ``score`` job."""
         labels = {
             "validation": self._open.label_files("validation"),
             "guard": self._sealed.label_files("guard"),

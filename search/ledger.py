@@ -94,9 +94,7 @@ class Ledger:
                 Nothing has been entered then.
         """
         if clash := _OURS & set(entry):
-            raise ValueError(
-                f"an entry must leave {', '.join(sorted(_OURS))} to the ledger, but has {sorted(clash)}"
-            )
+            raise ValueError(f"an entry must leave {', '.join(sorted(_OURS))} to the ledger, but has {sorted(clash)}")
         with self._locked() as (file, entries):
             number = self._count(entries, row_hashes, entry["fingerprint"]) + 1
             if expected is not None and number != expected:
@@ -116,15 +114,9 @@ class Ledger:
             result: JSON.
         """
         with self._locked() as (file, entries):
-            if not any(
-                e["kind"] == "opening" and e["opening"] == opening and e["frozen"] == frozen for e in entries
-            ):
-                raise ValueError(
-                    f"a result must belong to an opening, but there is no opening {opening} of {frozen}"
-                )
-            self._chain(
-                file, entries, {"kind": "result", "opening": opening, "frozen": frozen, "result": result}
-            )
+            if not any(e["kind"] == "opening" and e["opening"] == opening and e["frozen"] == frozen for e in entries):
+                raise ValueError(f"a result must belong to an opening, but there is no opening {opening} of {frozen}")
+            self._chain(file, entries, {"kind": "result", "opening": opening, "frozen": frozen, "result": result})
 
     def find(self, frozen: str) -> dict[str, Any] | None:
         """The recorded result of a frozen selection, or None if none was recorded."""

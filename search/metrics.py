@@ -104,9 +104,7 @@ def rank_value(kind: str, config: Config, rows: Array) -> float:
     if not config.get("multi_label"):
         labels, scores = labels.reshape(-1, 1), scores.reshape(-1, 1)
     if (labels == labels[0]).all(axis=0).any():
-        raise TrialFailed(
-            "invalid", f"{kind} needs rows of two classes, but there is one among {len(rows)} rows"
-        )
+        raise TrialFailed("invalid", f"{kind} needs rows of two classes, but there is one among {len(rows)} rows")
     value = _auc if kind == "auc" else _average_precision
     return float(np.mean([value(labels[:, k], scores[:, k]) for k in range(labels.shape[1])]))
 
@@ -278,14 +276,10 @@ def _precision_parts(config: Config, labels: Array, predicted: Array, logits: bo
     return np.stack([(truth & guess).sum(1), guess.sum(1), truth.sum(1)], axis=1).astype(np.float64)
 
 
-def _one_hot(
-    config: Config, labels: Array, predicted: Array, logits: bool, several: bool
-) -> tuple[Array, Array]:
+def _one_hot(config: Config, labels: Array, predicted: Array, logits: bool, several: bool) -> tuple[Array, Array]:
     """Truth and guess per row and class, shape (rows, classes); two classes for one column if ``several``."""
     if predicted.ndim != 2:
-        raise TrialFailed(
-            "invalid", f"one prediction per example is needed, but a row has shape {predicted.shape[1:]}"
-        )
+        raise TrialFailed("invalid", f"one prediction per example is needed, but a row has shape {predicted.shape[1:]}")
     classes = predicted.shape[1]
     if classes == 1:
         truth = _like(labels, predicted) > 0.5

@@ -42,7 +42,7 @@ def run(running: Any) -> dict[str, Any]:
     index = np.arange(count)
     x = feeding.as_fed(feeding.joined(rows, "train", running.preprocess, index))
     y = rows.labels("train", index)
-    keep = _snapshot(model, x)
+    keep, eagerly = _snapshot(model, x), model.run_eagerly
     try:
         try:
             model.run_eagerly = True  # tracing a graph for one batch would cost more than the batch
@@ -60,7 +60,7 @@ def run(running: Any) -> dict[str, Any]:
         metric = _check_score(running, predicted, y)
         custom = _check_export(running)
     finally:
-        model.run_eagerly = False
+        model.run_eagerly = eagerly
         _restore(model, keep)
     return {"reported": reported, "objective_kind": metric.kind, "custom": custom}
 

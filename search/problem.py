@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import difflib
 import hashlib
+import importlib.machinery
 import importlib.util
 import os
 import sys
+import tokenize
 import traceback
 import types
 from collections.abc import Callable, Iterator
@@ -84,11 +86,12 @@ def find(space: str) -> Problem:
     """
     path = _locate(space)
     try:
-        source = path.read_text(encoding="utf-8")
+        with tokenize.open(path) as file:  # by the encoding that the file declares, as Python itself reads it
+            source = file.read()
         tree = ast.parse(source, str(path))
     except SyntaxError as error:
         raise SpaceError(f"{path}:{error.lineno}: the space module must be valid Python, but {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SpaceError(f"cannot read the space module {path}: {error}") from None
     _check_names(path, tree)
     return Problem(name=path.stem, path=str(path), source=source)
@@ -107,19 +110,33 @@ def _locate(space: str) -> Path:
     for folder in (_SHIPPED_SPACES, _CHECKOUT_SPACES):
         if (folder / f"{space}.py").is_file():
             return (folder / f"{space}.py").resolve()
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = importlib.util.find_spec(space)
-    except (ImportError, ValueError):
-        found = None
-    finally:
-        sys.path.pop(0)
-    if found is not None and found.origin and found.origin.endswith(".py"):
-        return Path(found.origin).resolve()
+    found = _module_file(space)
+    if found is not None:
+        return found
     raise SpaceError(
         f"no space called {space!r}: give a path (spaces/my_space.py), a dotted module name, "
         f"or one of the shipped spaces: {', '.join(shipped())}"
     )
+
+
+def _module_file(name: str) -> Path | None:
+    """The file of a dotted name, without importing the packages above it: that would execute the user's code here."""
+    top, *rest = name.split(".")
+    sys.path.insert(0, os.getcwd())
+    try:
+        # The second is for editable installs; of a space that `try_params` executed here it knows nothing.
+        found = importlib.machinery.PathFinder.find_spec(top) or importlib.util.find_spec(top)
+        for number, _ in enumerate(rest, start=2):
+            if found is None or found.submodule_search_locations is None:
+                return None
+            part = ".".join(name.split(".")[:number])
+            found = importlib.machinery.PathFinder.find_spec(part, list(found.submodule_search_locations))
+    except (ImportError, ValueError):
+        return None
+    finally:
+        sys.path.pop(0)
+    file = None if found is None else found.origin
+    return Path(file).resolve() if file is not None and file.endswith(".py") else None
 
 
 def _check_names(path: Path, tree: ast.Module) -> None:
@@ -249,8 +266,13 @@ class SpaceModule:
 
     def line(self, error: BaseException) -> str:
         """``path:line`` of the innermost frame of ``error`` in the module's folder, or the path alone."""
-        folder = str(Path(self.problem.path).parent)
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(folder)]
+        folder = str(Path(self.problem.path).parent) + os.sep
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            # A virtual environment may be in the same folder, and a library's line is not the one to change.
+            if frame.filename.startswith(folder) and "site-packages" not in frame.filename
+        ]
         return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else self.problem.path
 
     def blaming(self, what: str) -> _Blaming:

@@ -124,9 +124,7 @@ class Publisher:
             # Requests that were lost from sight have had time to arrive: look once more.
             self._unsure = False
             self._find_runs()
-            self._open = {
-                key: at for key, at in self._open.items() if runs.is_over(self._story.attempts[key])
-            }
+            self._open = {key: at for key, at in self._open.items() if runs.is_over(self._story.attempts[key])}
             for key in list(self._open):
                 self._attempt(key, self._write_attempt)
 
@@ -195,9 +193,7 @@ class Publisher:
         found: dict[Key | None, list[Run]] = {}
         wanted, token = f"tags.`{runs.STUDY_ID}` = '{self._study['study_id']}'", None
         while True:
-            page = self._client.search_runs(
-                [self._experiment_id], wanted, ViewType.ALL, 1000, page_token=token
-            )
+            page = self._client.search_runs([self._experiment_id], wanted, ViewType.ALL, 1000, page_token=token)
             for run in page:
                 tags = run.data.tags
                 key = (int(tags[runs.TRIAL]), int(tags[runs.ATTEMPT])) if runs.TRIAL in tags else None
@@ -277,9 +273,7 @@ class Publisher:
         last = max(points, key=lambda point: (point.step, point.at), default=None)
         points = points + runs.end_points(trial, last)
         self._send(run.run_id, points, self._new_params(key, run), runs.end_tags(trial))
-        self._client.set_terminated(
-            run.run_id, runs.TRIAL_STATUS[trial.state], runs.optional_millis(trial.ended)
-        )
+        self._client.set_terminated(run.run_id, runs.TRIAL_STATUS[trial.state], runs.optional_millis(trial.ended))
         run.closed = True
 
     def _flush(self, key: Key) -> None:
@@ -331,9 +325,7 @@ class Publisher:
             tags["heldout.best_trial"] = str(champion.number)
         status = "KILLED" if state == "RUNNING" else runs.STUDY_STATUS[state]
         self._send(self._parent.run_id, points, tags=tags)
-        self._client.set_terminated(
-            self._parent.run_id, status, runs.optional_millis(self._journal.put_at("state"))
-        )
+        self._client.set_terminated(self._parent.run_id, status, runs.optional_millis(self._journal.put_at("state")))
         self._parent.status = status
 
     def _put_source(self, parent: _Published) -> None:
@@ -353,9 +345,7 @@ class Publisher:
             self._source_tries = _STRIKES
 
     def _create(self, tags: Mapping[str, str], started: float | None) -> _Published:
-        run = self._client.create_run(
-            self._experiment_id, start_time=runs.optional_millis(started), tags=dict(tags)
-        )
+        run = self._client.create_run(self._experiment_id, start_time=runs.optional_millis(started), tags=dict(tags))
         return _Published(run.info.run_id)
 
     def _reopen(self, run: _Published) -> None:

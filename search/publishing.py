@@ -224,16 +224,12 @@ class Tracker:
             return False
         got = os.read(stdout.fileno(), 65536)
         if not got:
-            raise TrackingError(
-                f"the process that writes to MLflow must keep running, but it ended; see {self._log}"
-            )
+            raise TrackingError(f"the process that writes to MLflow must keep running, but it ended; see {self._log}")
         *lines, self._said = (self._said + got).split(b"\n")
         for line in lines:
             message = json.loads(line)
             if message["type"] == "error":
-                raise TrackingError(
-                    f"MLflow's store {redacted(self._uri)} must be usable, but: {message['message']}"
-                )
+                raise TrackingError(f"MLflow's store {redacted(self._uri)} must be usable, but: {message['message']}")
             self._ready = True
         return True
 
@@ -257,9 +253,7 @@ def _has_good_port(uri: str) -> bool:
 def _check_file(path: str, uri: str) -> None:
     """SQLAlchemy's form: three slashes and a relative path, four and an absolute one."""
     if not path.startswith("/") or path in ("/", "/:memory:"):
-        raise TrackingError(
-            f"a SQLite tracking URI must name a file, as in sqlite:///mlflow.db, but got {uri!r}"
-        )
+        raise TrackingError(f"a SQLite tracking URI must name a file, as in sqlite:///mlflow.db, but got {uri!r}")
     file = Path(path[1:]).absolute()
     try:
         if file.exists():
@@ -297,9 +291,7 @@ def _check_server(uri: str) -> None:
             "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
     if status != 200:
-        raise TrackingError(
-            f"{shown} must be an MLflow server, but it answers {status}; correct the tracking URI"
-        )
+        raise TrackingError(f"{shown} must be an MLflow server, but it answers {status}; correct the tracking URI")
 
 
 def _status(uri: str, path: str) -> int:

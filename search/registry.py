@@ -28,7 +28,9 @@ def register_model(path: Path, name: str, tracking_uri: str, lineage: Mapping[st
     mlflow.set_tracking_uri(tracking_uri)
     client = mlflow.MlflowClient()
     try:
-        run = _run_of(client, lineage)
+        run, experiment = _run_of(client, lineage)
+        # Without it the model would be put into MLflow's default experiment, whose files lie in the working folder.
+        mlflow.set_experiment(experiment_id=experiment)
         model = keras.models.load_model(path, compile=False)
         # Named requirements: letting MLflow infer them runs the model in another process for seconds.
         needs = [
@@ -48,8 +50,8 @@ def register_model(path: Path, name: str, tracking_uri: str, lineage: Mapping[st
     return {"name": name, "version": version, "alias": ALIAS, "uri": f"models:/{name}@{ALIAS}"}
 
 
-def _run_of(client: Any, lineage: Mapping[str, Any]) -> str:
-    """The MLflow run of the exported trial."""
+def _run_of(client: Any, lineage: Mapping[str, Any]) -> tuple[str, str]:
+    """The MLflow run of the exported trial, and its experiment."""
     wanted = f"tags.`heldout.study_id` = '{lineage['study_id']}' and tags.`heldout.trial` = '{lineage['trial']}'"
     experiment = client.get_experiment_by_name(lineage["space"]["name"])
     found = client.search_runs([experiment.experiment_id], wanted) if experiment is not None else []
@@ -57,4 +59,4 @@ def _run_of(client: Any, lineage: Mapping[str, Any]) -> str:
         raise TrackingError(
             f"the run of trial {lineage['trial']} is not in MLflow; has the tracker caught up? see `heldout status`"
         )
-    return str(found[0].info.run_id)
+    return str(found[0].info.run_id), str(experiment.experiment_id)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from search import publishing
+from search.domain import Domain
 from search.study import Study
-from search.trial import Trial, TrialState, best
+from search.trial import Report, Trial, TrialState, best
 
 
 def report(study: Study) -> dict[str, Any]:
@@ -28,7 +30,6 @@ def report(study: Study) -> dict[str, Any]:
     for trial in trials:
         if trial.state is TrialState.FAILED and trial.reason:
             failures[trial.reason] = failures.get(trial.reason, 0) + 1
-    times = [t.started for t in trials if t.started] + [t.ended for t in trials if t.ended]
     tracking = publishing.read(study.folder)
     return {
         "study": study.name,
@@ -50,8 +51,17 @@ def report(study: Study) -> dict[str, Any]:
         "verdicts": evaluation.get("verdicts", []),
         "data": meta.get("data"),
         "tracking": {key: tracking.get(key) for key in ("uri", "experiment_id", "run_id")},
-        "seconds": max(times) - min(times) if times else 0.0,
+        "seconds": _busy(trials),
     }
+
+
+def _busy(trials: Sequence[Trial]) -> float:
+    """Seconds in which at least one trial ran; a pause before a resume does not count."""
+    total, until = 0.0, 0.0
+    for begin, end in sorted((t.started, t.ended) for t in trials if t.started is not None and t.ended is not None):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
 
 
 def _described(trial: Trial | None) -> dict[str, Any] | None:
@@ -94,7 +104,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     best_, base = found["best"], found["baseline"]
     out.append(f"best: trial {best_['trial']}, validation {objective} {number(best_['validation'])}")
     out += [f"    {key} = {number(value)}" for key, value in best_["params"].items()]
-    if base is not None:
+    if base is None:
+        out.append("the baseline (trial 0, the space's defaults) has not completed, so there is none to compare with")
+    else:
         out.append(f"baseline (the space's defaults): validation {objective} {number(base['validation'])}")
     return out + _test_lines(found, objective)
 
@@ -102,7 +114,8 @@ def lines(found: dict[str, Any]) -> list[str]:
 def _test_lines(found: dict[str, Any], objective: str) -> list[str]:
     test = found["test"]
     if test is None:
-        return [f"test: {found['sealed'] or 'still sealed'}"]
+        name = found["study"]
+        return [f"test: {found['sealed'] or f'the rows are still sealed; `heldout evaluate {name}` opens them'}"]
     out = []
     between = "" if test["interval"] is None else f", {test['level']:.0%} interval {_interval(test['interval'])}"
     out.append(
@@ -132,6 +145,40 @@ def _test_lines(found: dict[str, Any], objective: str) -> list[str]:
             "for a final word"
         )
     return out
+
+
+def check_lines(found: dict[str, Any]) -> list[str]:
+    """What `heldout check` found, in plain words."""
+    data = found["data"]
+    tiers = ", ".join(f"{name} {count}" for name, count in data["tiers"].items())
+    return [
+        f"{found['name']}: {found['objective']} ({found['direction']}), {found['size']} weights in the default model",
+        f"rows: {data['rows']} ({tiers}); labels of guard and test are sealed",
+        *(f"note: {warning}" for warning in data["warnings"]),
+        "parameters:" if found["complete"] else "parameters found within the time limit (more may follow):",
+        *(f"    {key}: {_domain(domain)}" for key, domain in found["space"].items()),
+        f"the model reports: {', '.join(found['reported'])}",
+        f"plan: {found['trials']} trials of up to {found['epochs']} epochs on {found['slots']} slots, "
+        f"{number(found['epoch_seconds'])} s an epoch: about {found['estimate_seconds'] / 60:.1f} minutes",
+    ]
+
+
+def _domain(raw: dict[str, Any]) -> str:
+    known = Domain.from_json({key: value for key, value in raw.items() if key != "conditions"})
+    return f"{known}, default {known.default}"
+
+
+def trial_lines(trial: Trial, reports: Sequence[Report], printed: str) -> list[str]:
+    """One trial in plain words: what it was, its epochs, and its output."""
+    score = "" if trial.score is None else f", validation score {trial.score:.6g}"
+    out = [f"trial {trial.number}: {trial.state}{score}, seed {trial.seed}, attempt {trial.attempt}"]
+    if trial.reason:
+        out.append(f"{trial.reason}: {trial.message}")
+    out += [f"    {key} = {value}" for key, value in trial.params.items()]
+    for one in reports:
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in one.metrics.items())
+        out.append(f"epoch {one.step}: {metrics}")
+    return [*out, "it printed:", printed.rstrip()] if printed.strip() else out
 
 
 def _interval(pair: list[float]) -> str:

@@ -167,13 +167,10 @@ def _check_alike(name: str, side: str, ours: tuple[Structure, Any], theirs: tupl
     for leaf_name, a, b in zip(_leaf_names(name, ours[0]), ours[1], theirs[1], strict=True):
         if a.shape[1:] != b.shape[1:]:
             raise DataError(
-                f"{leaf_name} must have rows of shape {a.shape[1:]} as {side} has, but has {b.shape[1:]}; "
-                "check load()"
+                f"{leaf_name} must have rows of shape {a.shape[1:]} as {side} has, but has {b.shape[1:]}; check load()"
             )
         if (a.dtype.kind == "U") != (b.dtype.kind == "U") or not np.can_cast(b.dtype, a.dtype, "same_kind"):
-            raise DataError(
-                f"{leaf_name} must be {a.dtype} as {side} is, but is {b.dtype}; convert it in load()"
-            )
+            raise DataError(f"{leaf_name} must be {a.dtype} as {side} is, but is {b.dtype}; convert it in load()")
 
 
 def _stacked(leaves: list[Array]) -> Array:
@@ -205,9 +202,7 @@ def _leaves(value: Any, name: str) -> tuple[Structure, tuple[Array, ...]]:
         raise DataError(f"{name} must be arrays, but is None; return Dataset(x, y) from load()")
     if isinstance(value, dict):
         if not value or not all(isinstance(key, str) for key in value):
-            raise DataError(
-                f"{name} must be a dict with the names of the model's inputs, but has {list(value)!r}"
-            )
+            raise DataError(f"{name} must be a dict with the names of the model's inputs, but has {list(value)!r}")
         structure = Structure("dict", tuple(value))
         return structure, tuple(_array(v, f"{name}[{k!r}]") for k, v in value.items())
     if isinstance(value, list | tuple) and value and all(_is_array(v) and np.ndim(v) for v in value):
@@ -243,9 +238,7 @@ def _array(value: Any, name: str) -> Array:
         try:
             array = np.char.decode(array, "utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{name} must hold UTF-8 text, but has other bytes; convert it in load()"
-            ) from error
+            raise DataError(f"{name} must hold UTF-8 text, but has other bytes; convert it in load()") from error
     if array.dtype.kind not in "biufU" or array.dtype.itemsize > 8 and array.dtype.kind == "f":
         raise DataError(f"{name} must hold numbers or text, but holds {array.dtype}; convert it in load()")
     if array.size == 0:
@@ -287,9 +280,7 @@ def _column(value: Any, name: str, n: int) -> Array | None:
     if column.shape == (n, 1):
         column = column[:, 0]
     if column.shape != (n,):
-        raise DataError(
-            f"{name} must have one value for each of {n} rows, but has shape {column.shape}; check load()"
-        )
+        raise DataError(f"{name} must have one value for each of {n} rows, but has shape {column.shape}; check load()")
     if not all_finite(column):
         raise DataError(f"{name} must have a value in every row, but has NaN; leave those rows out")
     return column

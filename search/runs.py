@@ -152,8 +152,8 @@ def trial_tags(study: Mapping[str, Any], key: Key, trial: Trial, parent: str) ->
         ATTEMPT: str(key[1]),
         STATE: TrialState.RUNNING.value,
         "mlflow.parentRunId": parent,
-        "mlflow.runName": f"{study['name']} · trial {key[0]}"
-        + (f" · attempt {key[1] + 1}" if key[1] else ""),
+        # The number first: MLflow's table cuts long names, and a run stands under its study anyway.
+        "mlflow.runName": f"trial {key[0]}" + (f" · attempt {key[1] + 1}" if key[1] else "") + f" · {study['name']}",
         "heldout.seed": str(trial.seed),
         "heldout.history_length": str(trial.history_length),
         "heldout.baseline": str(key[0] == 0).lower(),

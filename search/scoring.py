@@ -34,9 +34,7 @@ _MIN = """
     poisson kl_divergence kld hinge squared_hinge categorical_hinge log_loss false_positives false_negatives
     error_rate
 """.split()
-_DIRECTIONS = {name.replace("_", ""): "max" for name in _MAX} | {
-    name.replace("_", ""): "min" for name in _MIN
-}
+_DIRECTIONS = {name.replace("_", ""): "max" for name in _MAX} | {name.replace("_", ""): "min" for name in _MIN}
 _TURNING = frozenset({"neg", "negative", "minus", "inverse", "inv", "one"})
 
 # How Keras and people spell the scorer's kinds.
@@ -57,11 +55,7 @@ _SPELLINGS = {
     "r2_score": ("r2",),
     "mcc": ("matthews_corrcoef",),
 }
-_NAMES = {
-    spelling.replace("_", ""): kind
-    for kind in metrics.KINDS
-    for spelling in (kind, *_SPELLINGS.get(kind, ()))
-}
+_NAMES = {spelling.replace("_", ""): kind for kind in metrics.KINDS for spelling in (kind, *_SPELLINGS.get(kind, ()))}
 
 # Losses whose settings change their value: trusted only where the declaration gives the settings.
 _WITH_SETTINGS = frozenset({"huber", "cosine_similarity"})
@@ -219,9 +213,7 @@ def score(metric: Metric, declaration: Mapping[str, Any], predictions: Any, labe
         TrialFailed: ``invalid`` if rows or shapes do not match, ``nan`` if a prediction is not finite.
     """
     if metric.is_custom:
-        raise ValueError(
-            "a custom metric is computed by its Keras object, in a scoring process, not by score()"
-        )
+        raise ValueError("a custom metric is computed by its Keras object, in a scoring process, not by score()")
     outputs = declaration["outputs"]
     predicted, truth = _listed(predictions, outputs), _listed(labels, outputs)
     wanted = range(len(outputs)) if metric.output is None else [metric.output]
@@ -299,13 +291,10 @@ def _check(output: Mapping[str, Any], predicted: Array, labels: Array) -> None:
     name = output["name"]
     if predicted.ndim == 0 or len(predicted) != len(labels):
         rows = 0 if predicted.ndim == 0 else len(predicted)
-        raise TrialFailed(
-            "invalid", f"{name} must have one prediction per row, but has {rows} for {len(labels)} rows"
-        )
+        raise TrialFailed("invalid", f"{name} must have one prediction per row, but has {rows} for {len(labels)} rows")
     if not np.isfinite(predicted).all():
         bad = int((~np.isfinite(predicted.reshape(len(predicted), -1)).all(axis=1)).sum())
         raise TrialFailed(
             "nan",
-            f"predictions must be finite, but {name} has {bad} bad rows of {len(predicted)}; "
-            "try a lower learning rate",
+            f"predictions must be finite, but {name} has {bad} bad rows of {len(predicted)}; try a lower learning rate",
         )

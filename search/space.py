@@ -217,9 +217,7 @@ class Space:
         """
         return self._configurations({}, {}, finite=True)
 
-    def unseen(
-        self, seen: AbstractSet[Signature], like: Params | None = None
-    ) -> dict[str, Value] | None:
+    def unseen(self, seen: AbstractSet[Signature], like: Params | None = None) -> dict[str, Value] | None:
         """A configuration whose signature is not in ``seen``, near to ``like``; None if all are."""
         for params in self._configurations({}, like or {}, finite=False):
             if self.signature(params) not in seen:

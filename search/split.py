@@ -116,9 +116,7 @@ def assign(
     """
     n = len(x_hashes)
     if n <= sum(quotas.values()):
-        raise DataError(
-            f"every tier must have rows, but there are only {n} to divide; give at least 4, better 500"
-        )
+        raise DataError(f"every tier must have rows, but there are only {n} to divide; give at least 4, better 500")
     if time is not None:
         return _by_time(time, groups, quotas)
     unit = _units(x_hashes, groups, ids)
@@ -184,9 +182,7 @@ def _coarsened(stratum: Codes, size: Codes) -> Codes:
     return np.where(small[stratum], len(units), stratum)
 
 
-def _deal_strata(
-    rank: Hashes, size: Codes, stratum: Codes, quotas: dict[int, int], fill: bool = False
-) -> Tiers:
+def _deal_strata(rank: Hashes, size: Codes, stratum: Codes, quotas: dict[int, int], fill: bool = False) -> Tiers:
     """Tier of each unit, dealt by rank within each stratum; largest remainders keep the totals exact."""
     names, stratum = np.unique(stratum, return_inverse=True)
     left = np.bincount(stratum, weights=size).astype(np.int64)

@@ -74,11 +74,7 @@ def test_interval(
     """
     units = _units(len(score.parts), groups, ordered)
     found = _interval(score, units, level, seed)
-    return (
-        found
-        if units is not None or groups is None
-        else dataclasses.replace(found, method=_alone(found.method))
-    )
+    return found if units is not None or groups is None else dataclasses.replace(found, method=_alone(found.method))
 
 
 def _interval(score: Score, units: Codes | None, level: float, seed: int) -> Interval:
@@ -124,11 +120,7 @@ def paired_difference(
         )
     units = _units(len(winner.parts), groups, ordered)
     found = _difference(winner, baseline, units, level, seed)
-    return (
-        found
-        if units is not None or groups is None
-        else dataclasses.replace(found, method=_alone(found.method))
-    )
+    return found if units is not None or groups is None else dataclasses.replace(found, method=_alone(found.method))
 
 
 def _difference(winner: Score, baseline: Score, units: Codes | None, level: float, seed: int) -> Difference:
@@ -145,9 +137,7 @@ def _difference(winner: Score, baseline: Score, units: Codes | None, level: floa
             seed,
         )
         low, high = np.quantile(values, _tails(level))
-        return Difference(
-            estimate, float(low), float(high), f"paired percentile bootstrap{_of(units)}", level, None
-        )
+        return Difference(estimate, float(low), float(high), f"paired percentile bootstrap{_of(units)}", level, None)
     width = winner.parts.shape[1]
 
     def gain(means: Array) -> Any:
@@ -167,9 +157,7 @@ def _difference(winner: Score, baseline: Score, units: Codes | None, level: floa
     return Difference(estimate, found.low, found.high, f"paired {found.method}", level, p)
 
 
-def proportion_interval(
-    successes: int, rows: int, *, level: float = 0.95, method: str | None = None
-) -> Interval:
+def proportion_interval(successes: int, rows: int, *, level: float = 0.95, method: str | None = None) -> Interval:
     """A proportion's interval: "wilson", or "exact" (Clopper-Pearson) with few errors or few successes.
 
     Args:
@@ -183,9 +171,7 @@ def proportion_interval(
     )
 
 
-def newcombe(
-    successes: int, rows: int, other_successes: int, other_rows: int, *, level: float = 0.95
-) -> Difference:
+def newcombe(successes: int, rows: int, other_successes: int, other_rows: int, *, level: float = 0.95) -> Difference:
     """First proportion less the second, on different rows.
 
     Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10.
@@ -335,9 +321,7 @@ def _drawn(value: Callable[[Array], float], rows: int, units: Codes | None, seed
     return np.array(values or [value(np.arange(rows))])
 
 
-def _resampled(
-    parts: Floats, value: Callable[[Array], Any], units: Codes | None, level: float, seed: int
-) -> Interval:
+def _resampled(parts: Floats, value: Callable[[Array], Any], units: Codes | None, level: float, seed: int) -> Interval:
     """BCa interval of ``value(means of parts)``, over rows or units; closed form for many."""
     sums = np.hstack([parts, np.ones((len(parts), 1))])
     if units is not None:

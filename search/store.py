@@ -27,9 +27,7 @@ class SealedError(HeldoutError, PermissionError):
     """Labels of guard or test rows, or test features, were asked of the rows that trials read."""
 
 
-def write(
-    rows: Rows, tiers: Tiers, test_hashes: Hashes, manifest: Mapping[str, Any], home: Path, sealed: Path
-) -> None:
+def write(rows: Rows, tiers: Tiers, test_hashes: Hashes, manifest: Mapping[str, Any], home: Path, sealed: Path) -> None:
     """Write both folders under temporary names, then move them into place, the sealed one first.
 
     Args:

@@ -146,7 +146,7 @@ def reserve(workspace: Path, name: str | None, space: str) -> Path:
                 "choose another --study"
             ) from None
         return studies / name
-    base = re.sub(r"[^A-Za-z0-9._-]", "_", space).lstrip("._-") or "study"
+    base = re.sub(r"[^A-Za-z0-9._-]|\.(?=\.)", "_", space).lstrip("._-")[:90] or "study"
     number = 1
     while True:
         try:

@@ -42,11 +42,7 @@ class Trace:
     def extends(self, other: Trace) -> bool:
         """Whether it is the same build traced further."""
         length = len(other.asked)
-        return (
-            length < len(self.asked)
-            and self.asked[:length] == other.asked
-            and self.values[:length] == other.values
-        )
+        return length < len(self.asked) and self.asked[:length] == other.asked and self.values[:length] == other.values
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that ``from_json`` turns back into an equal trace."""

@@ -251,9 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tracker; returns its exit code, which is 3 when something is left to publish."""
     parser = argparse.ArgumentParser(prog="python -m search.tracking", description=__doc__)
     parser.add_argument("study_dir", type=Path, help="the study's folder")
-    parser.add_argument(
-        "--grace", type=float, default=_GRACE_SECONDS, help="seconds to catch up after stdin ends"
-    )
+    parser.add_argument("--grace", type=float, default=_GRACE_SECONDS, help="seconds to catch up after stdin ends")
     given = parser.parse_args(arguments)
     # Training comes first; and the terminal's Ctrl-C is for the driver.
     os.nice(5)

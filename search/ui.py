@@ -112,9 +112,7 @@ def _check_free(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
-            raise RequestError(
-                f"port {port} must be free, but: {error}; choose another with --port"
-            ) from None
+            raise RequestError(f"port {port} must be free, but: {error}; choose another with --port") from None
 
 
 def _await(process: subprocess.Popen[bytes], url: str, said: Callable[[], str]) -> None:
@@ -123,9 +121,7 @@ def _await(process: subprocess.Popen[bytes], url: str, said: Callable[[], str]) 
     deadline = time.monotonic() + _READY_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RequestError(
-                f"MLflow's server must start, but it ended with {process.returncode}: {said()}"
-            )
+            raise RequestError(f"MLflow's server must start, but it ended with {process.returncode}: {said()}")
         with contextlib.suppress(OSError), opener.open(f"{url}/health", timeout=2) as answer:
             if answer.status == 200:
                 return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -22,14 +22,14 @@ class View:
 
     Args:
         planned: Trials in the plan.
-        objective: Name shown before scores, once it is known.
+        earlier: Trials that had ended before, in a study that goes on.
     """
 
-    def __init__(self, console: Console, planned: int | None) -> None:
+    def __init__(self, console: Console, planned: int | None, earlier: Sequence[Trial] = ()) -> None:
         self._console, self._planned = console, planned
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._running: dict[int, tuple[Trial, Report | None]] = {}
-        self._ended: list[Trial] = []
+        self._ended, self._before = list(earlier), len(earlier)
         self._notes: deque[str] = deque(maxlen=4)
         self._began = time.monotonic()
         self._drawn = 0.0
@@ -37,7 +37,6 @@ class View:
     def __enter__(self) -> View:
         if self._live is not None:
             self._live.__enter__()
-        self.say("starting: loading the rows, building the default model")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -123,11 +122,11 @@ class View:
 
     def _seconds_left(self) -> float | None:
         """From the pace of this run so far; None before three trials have ended."""
-        first = min((t.started for t in self._ended if t.started is not None), default=None)
-        if self._planned is None or len(self._ended) < 3 or first is None:
+        here = self._ended[self._before :]
+        first = min((t.started for t in here if t.started is not None), default=None)
+        if self._planned is None or len(here) < 3 or first is None:
             return None
-        here = [t for t in self._ended if t.ended is not None]
-        return (time.time() - first) / len(here) * max(0, self._planned - len(here))
+        return (time.time() - first) / len(here) * max(0, self._planned - len(self._ended))
 
 
 def _params(params: Mapping[str, object]) -> str:

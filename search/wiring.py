@@ -1,26 +1,25 @@
-"""Wires a study together: executor, journal, tracker, driver, evaluation; and `check` and `try`."""
+"""Wires a study together: executor, journal, tracker, driver, evaluation."""
 
 from __future__ import annotations
 
+import dataclasses
 import getpass
 import os
-import tempfile
 import uuid
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from search import devices, publishing
 from search import errors as error_classes
 from search.driver import Driver, Silent, Watcher
-from search.errors import ExecutorError, RequestError, SpaceError, StudyError
-from search.executors import Executor, Exited, Job, Lost, Message, Slot, Warned
-from search.executors.local import LocalExecutor
+from search.errors import ExecutorError, RequestError, SpaceError, StudyError, TrialFailed
+from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot, Warned
+from search.executors.local import LocalExecutor, start_method
 from search.journal import Journal
 from search.problem import Problem, find
 from search.samplers import get_sampler
 from search.study import Study, StudyConfig, locked, make_workspace, release, reserve, workspace_folder
-from search.trial import Trial, seed_for
+from search.trial import Trial
 
 DISCOVERY_SECONDS = 20.0
 _BEHIND = "MLflow has not caught up yet; `heldout resume` or `evaluate` lets it, and the journal has everything"
@@ -42,6 +41,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     watcher = watcher or Silent()
     problem = find(config.space)
     get_sampler(config.sampler)
+    start_method(config.start_method)
     slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
     workspace = workspace_folder(config.workspace)
     uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or publishing.default_uri(workspace)
@@ -51,10 +51,11 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     began = False
     try:
         with locked(folder), start_executor(slots, problem, folder, config.start_method) as executor:
+            watcher.say("loading the rows and building the default model")
             journal = Journal.create(folder / "journal.sqlite", {})
             try:
                 with publishing.start(folder, uri) as tracker:
-                    prepared = _prepare(executor, problem, workspace, config.split_seed, watcher)
+                    prepared = prepare(executor, problem, workspace, config.split_seed, watcher)
                     journal.put("prepared", prepared)
                     journal.put("study", _study_meta(folder.name, config, problem, prepared, uri, workspace))
                     discovery = {"problem": problem.to_json(), "seconds": DISCOVERY_SECONDS}
@@ -117,109 +118,6 @@ def resume(study: str, *, workspace: str | None = None, watcher: Watcher | None 
     return Study(found.name, found.workspace)
 
 
-def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict[str, Any]:
-    """Say what would be searched, on which rows, and at what cost; starts no study.
-
-    Returns:
-        ``space`` (parameters with their domains), ``complete`` (whether discovery finished),
-        ``configurations`` (None: without end), ``data`` (the manifest of the rows), ``objective``,
-        ``direction``, ``reported``, ``size``, ``epochs``, ``epoch_seconds`` and ``estimate_seconds`` of the plan.
-
-    Raises:
-        RequestError: As ``launch`` would.
-    """
-    from search import scoring
-    from search.space import Space
-
-    config = StudyConfig(space=space, **options)
-    watcher = watcher or Silent()
-    problem = find(config.space)
-    get_sampler(config.sampler)
-    slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
-    workspace = workspace_folder(config.workspace)
-    make_workspace(workspace)
-    with tempfile.TemporaryDirectory(prefix="heldout-check-") as scratch:
-        with start_executor(slots, problem, Path(scratch), config.start_method) as executor:
-            prepared = _prepare(executor, problem, workspace, config.split_seed, watcher)
-            asked = {"problem": problem.to_json(), "seconds": DISCOVERY_SECONDS}
-            found = call(executor, Job("discover", "discover", asked), watcher)
-            payload = base_payload(prepared, Path(scratch)) | {
-                "epochs": config.epochs,
-                "seed": 0,
-                "default": True,
-            }
-            seen = call(executor, Job("check", "check", payload), watcher, slot=executor.slots[0])
-    discovered = Space.from_json(found["space"])
-    epochs = config.epochs or discovered.defaults().get("epochs") or prepared["epochs"] or 30
-    seconds = seen["first_epoch_seconds"] + (int(epochs) - 1) * seen["epoch_seconds"]
-    return {
-        "name": problem.name,
-        "space": {key: p.domain.to_json() | {"conditions": p.conditions} for key, p in discovered.parameters.items()},
-        "complete": found["complete"],
-        "data": prepared["manifest"],
-        "objective": prepared["objective"],
-        "direction": scoring.direction_for(prepared["objective"], prepared["direction"]),
-        "reported": seen["reported"],
-        "size": seen["size"],
-        "epochs": int(epochs),
-        "epoch_seconds": seen["epoch_seconds"],
-        "trials": config.trials,
-        "slots": len(slots),
-        "estimate_seconds": config.trials * seconds / len(slots),
-    }
-
-
-def try_params(
-    space: str,
-    params: Mapping[str, Any],
-    *,
-    epochs: int | None = None,
-    seed: int = 0,
-    say: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """Run one trial in this very process, recording nothing; exceptions of the module come through as they are.
-
-    Args:
-        params: Values by name; the rest are the defaults.
-        say: Is given one line per epoch.
-
-    Returns:
-        ``params``, ``score``, ``epochs``, ``best_epoch`` and ``size``.
-    """
-    from search import worker
-    from search.judge import RowJudge
-    from search.space import Space
-
-    StudyConfig(space=space, epochs=epochs, seed=seed)  # checks them
-    problem = find(space)
-    with tempfile.TemporaryDirectory(prefix="heldout-try-") as scratch:
-        prepared = _completed(worker.load(_load_payload(problem, Path(scratch), 0), _unheard), problem)
-        payload = base_payload(prepared, Path(scratch)) | {"epochs": epochs, "seed": seed_for(seed, 0)}
-        payload |= {"named": dict(params), "default": True, "slot": one_slot()[0].to_json()}
-        result = worker.trial(payload, lambda body: _say_epoch(body, say))
-        known = Space.empty().grown(result["asks"])
-        asked = known.params_of(result["asks"])
-        for name, value in params.items():
-            if name not in asked:
-                raise SpaceError(f"{space} does not ask for {name!r} with these values; it asks for {', '.join(asked)}")
-            if asked[name] != value:
-                raise SpaceError(f"{name} must be in {known.parameters[name].domain}, but got {value!r}")
-        judge = RowJudge(Path(prepared["rows"]), Path(prepared["sealed"]), prepared["objective"], problem.to_json())
-        verdict = judge.judge(result)
-        if isinstance(verdict, dict):
-            verdict = judge.settle(worker.score(verdict, _unheard))
-    return {"params": dict(asked), "score": verdict.score} | {k: result[k] for k in ("epochs", "best_epoch", "size")}
-
-
-def _unheard(_: dict[str, Any]) -> None:
-    """These jobs send nothing but their result."""
-
-
-def _say_epoch(body: dict[str, Any], say: Callable[[str], None] | None) -> None:
-    if say is not None and body["type"] == "report":
-        say(f"epoch {body['step']}: " + ", ".join(f"{name} {value:.4g}" for name, value in body["metrics"].items()))
-
-
 # ── the parts ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -257,6 +155,7 @@ def call(executor: Executor, job: Job, watcher: Watcher, slot: Slot | None = Non
     """
     executor.submit(job, slot)
     result: dict[str, Any] | None = None
+    lost = 0
     while True:
         for event in executor.poll(0.25):
             if isinstance(event, Warned):
@@ -268,6 +167,9 @@ def call(executor: Executor, job: Job, watcher: Watcher, slot: Slot | None = Non
                 raise kind(event.body["message"])
             elif isinstance(event, Message) and event.body["type"] == "result":
                 result = event.body
+            elif isinstance(event, Lost) and result is None and (lost := lost + 1) < 3:
+                job = dataclasses.replace(job, id=f"{job.id}-again")
+                executor.submit(job, slot)
             elif isinstance(event, Exited | Lost):
                 if result is None:
                     how = f"signal {event.signal}" if isinstance(event, Exited) and event.signal else "no answer"
@@ -276,29 +178,25 @@ def call(executor: Executor, job: Job, watcher: Watcher, slot: Slot | None = Non
         watcher.tick()
 
 
-def _prepare(
-    executor: Executor, problem: Problem, workspace: Path, split_seed: int, watcher: Watcher
-) -> dict[str, Any]:
+def prepare(executor: Executor, problem: Problem, workspace: Path, split_seed: int, watcher: Watcher) -> dict[str, Any]:
     """Load, split, seal and store the rows in a process of their own."""
-    loaded = call(executor, Job("load", "load", _load_payload(problem, workspace, split_seed)), watcher)
-    prepared = _completed(loaded, problem)
+    asked = load_payload(problem, workspace, split_seed)
+    loaded = call(executor, Job("load", "load", asked, env=NO_GPU), watcher)
+    prepared = completed(loaded, problem)
     for warning in prepared["manifest"]["warnings"]:
         watcher.say(warning)
     return prepared
 
 
-def _load_payload(problem: Problem, workspace: Path, split_seed: int) -> dict[str, Any]:
+def load_payload(problem: Problem, workspace: Path, split_seed: int) -> dict[str, Any]:
     return {"problem": problem.to_json(), "workspace": str(workspace), "split_seed": split_seed}
 
 
-def _completed(loaded: dict[str, Any], problem: Problem) -> dict[str, Any]:
+def completed(loaded: dict[str, Any], problem: Problem) -> dict[str, Any]:
     from search import scoring
 
     direction = scoring.direction_for(loaded["objective"], loaded["direction"])
-    return {k: v for k, v in loaded.items() if k != "type"} | {
-        "problem": problem.to_json(),
-        "direction": direction,
-    }
+    return {k: v for k, v in loaded.items() if k != "type"} | {"problem": problem.to_json(), "direction": direction}
 
 
 def base_payload(prepared: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -320,22 +218,24 @@ def _budget() -> int:
     return int(memory // 8 // (os.cpu_count() or 1))
 
 
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # as in a container that runs under a number nobody has a name for
+        return None
+
+
 def _study_meta(
     name: str, config: StudyConfig, problem: Problem, prepared: dict[str, Any], uri: str, workspace: Path
 ) -> dict[str, Any]:
     return {
         "name": name,
         "study_id": uuid.uuid4().hex,
-        "space": {
-            "name": problem.name,
-            "path": problem.path,
-            "digest": problem.digest,
-            "source": problem.source,
-        },
+        "space": problem.to_json() | {"digest": problem.digest},
         "objective": prepared["objective"],
         "direction": prepared["direction"],
         "config": config.to_json() | {"tracking_uri": None},
-        "user": getpass.getuser(),
+        "user": _user(),
         "tags": dict(config.tags),
         "versions": prepared["versions"],
         "tracking_uri": publishing.redacted(uri),
@@ -393,7 +293,8 @@ def _drive(
 
             try:
                 evaluation.open_test(folder, journal, executor, watcher, again=config.evaluate == "yes")
-            except RequestError as error:  # the search itself is complete, and `heldout evaluate` can be tried again
+            except (RequestError, TrialFailed) as error:
+                # The search itself is complete, and `heldout evaluate` can be tried again.
                 journal.put("evaluation", {"opened": False, "why": str(error), "openings": None})
                 watcher.say(str(error))
         state = "COMPLETE"

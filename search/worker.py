@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from search.errors import DataError, HeldoutError, RequestError, SpaceError, TrialFailed
 from search.problem import Problem, SpaceModule, first_line
+from search.space import Parameter
 
 JobResult = dict[str, Any]
 
@@ -185,7 +186,7 @@ def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
     running: _Trial | None = None
     try:
         running = _Trial(payload)
-        send({"type": "asks", "asks": running.hp.asks})  # so that its parameters show while it runs
+        reporting = _telling(running.hp, payload.get("proposal") or {}, send)
         if payload.get("preflight"):
             send({"type": "preflight", **preflight.run(running), **running.described()})
         fitted = training.fit(
@@ -199,7 +200,7 @@ def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
             epochs=payload.get("epochs"),
             budget=payload["budget"],
             seed=payload["seed"],
-            send=send,
+            send=reporting,
         )
         folder = Path(payload["folder"])
         paths = predictions(running.model, running.rows, running.preprocess, ("validation", "guard"), folder)
@@ -219,6 +220,32 @@ def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
         "reported": dict(fitted.reported),
         "devices": devices.seen(),
     }
+
+
+def _telling(
+    hp: Any, proposal: dict[str, Any], send: Callable[[dict[str, Any]], None]
+) -> Callable[[dict[str, Any]], None]:
+    """``send`` that says what was asked for when that is news, so that it shows while the trial runs.
+
+    Not before ``fit`` could ask for what is left of the proposal: until then the proposal stands, or another
+    trial would be given the same batch size meanwhile.
+    """
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        if len(asks := hp.asks) > told:
+            told = len(asks)
+            send({"type": "asks", "asks": asks})
+
+    if proposal.keys() <= {Parameter.from_json(ask).identity for ask in hp.asks}:
+        tell()
+
+    def reporting(body: dict[str, Any]) -> None:
+        tell()
+        send(body)
+
+    return reporting
 
 
 def predictions(model: Any, rows: Any, preprocess: Any, tiers: tuple[str, ...], folder: Path) -> dict[str, list[str]]:
@@ -257,16 +284,19 @@ def check(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
     return {
         **found,
         **running.described(),
-        "first_epoch_seconds": first,
         "epoch_seconds": epochs[-1] - first if len(epochs) > 1 else first,
     }
 
 
 def export(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
     """Rebuild a trial's model around its weights and write it as one file, preprocessing included."""
-    from search import preflight, training
+    import numpy as np
+
+    from search import feeding, preflight, training
 
     running = _Trial(payload)
+    if not running.model.built:  # as one without an Input is until it sees rows
+        running.model(feeding.as_fed(feeding.joined(running.rows, "train", running.preprocess, np.arange(1))))
     running.model.load_weights(payload["weights"])
     composed = training.compose(running.model, running.preprocess, running.rows.manifest["x"])
     training.save(composed, Path(payload["out"]))
@@ -282,9 +312,11 @@ def predict(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> 
     """Predict with exported files; the space module runs only when a model needs its custom layers."""
     import keras
 
-    from search import feeding, training
+    from search import devices, feeding, training
     from search.data import OpenRows, load_structure
 
+    if payload.get("slot"):
+        devices.apply(payload["slot"])
     if payload["custom"]:
         SpaceModule(Problem(**payload["problem"]))
     if payload["features"] is not None:
@@ -300,9 +332,23 @@ def predict(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> 
 
 def score(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
     """Score predictions by a metric that only the compiled model knows; the one job that is given sealed labels."""
-    from search import custom_metric
+    from search import custom_metric, devices
 
+    if payload.get("slot"):
+        devices.apply(payload["slot"])
     return custom_metric.score(payload, SpaceModule(Problem(**payload["problem"])))
+
+
+def register(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Put an exported file in MLflow's registry."""
+    from search import devices, registry
+
+    if payload.get("slot"):
+        devices.apply(payload["slot"])
+    if payload["lineage"]["custom_objects"]:
+        SpaceModule(Problem(**payload["problem"]))
+    path, lineage = Path(payload["path"]), payload["lineage"]
+    return {"registered": registry.register_model(path, payload["name"], payload["uri"], lineage)}
 
 
 JOBS: dict[str, Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], JobResult]] = {
@@ -313,4 +359,5 @@ JOBS: dict[str, Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], Job
     "export": export,
     "predict": predict,
     "score": score,
+    "register": register,
 }

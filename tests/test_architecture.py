@@ -29,6 +29,7 @@ LAYERS = (
     {"custom_metric", "preflight", "driver", "study", "devices"},
     {"judge", "worker"},
     {"wiring"},
+    {"rehearsal"},
     {"evaluation"},
     {"report"},
     {"export"},

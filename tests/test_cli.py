@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -139,3 +140,50 @@ def test_help_imports_nothing_slow() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """A workspace with a study whose one trial reported a NaN."""
+    from search.journal import Journal
+    from search.trial import Report, Trial, TrialState
+
+    folder = tmp_path / "ws" / "studies" / "s"
+    folder.mkdir(parents=True)
+    with Journal.create(folder / "journal.sqlite", {"state": "COMPLETE"}) as journal:
+        journal.begin(Trial(0, TrialState.RUNNING))
+        journal.report([Report(0, 0, 1, 1.0, {"loss": float("nan"), "val_loss": float("inf")})])
+    return tmp_path / "ws"
+
+
+def test_json_output_is_json_even_where_a_trial_reported_nan(recorded: Path, heldout: Heldout) -> None:
+    ran = heldout("show", "s", "0", "--json", "--workspace", str(recorded))
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    found = json.loads(ran.stdout, parse_constant=refuse)
+    assert found["reports"][0]["metrics"] == {"loss": None, "val_loss": None}
+
+
+def test_a_traceback_is_shown_with_debug_alone_and_the_exit_code_stays(recorded: Path, heldout: Heldout) -> None:
+    (recorded / "studies" / "s" / "tracking.json").write_text("{")  # what nobody foresaw
+    ran = heldout("report", "s", "--workspace", str(recorded))
+    assert ran.returncode == 1 and "Traceback" not in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1 and ran.stderr.startswith("heldout: JSONDecodeError: ")
+    assert "Traceback" in heldout("--debug", "report", "s", "--workspace", str(recorded)).stderr
+
+    unknown = heldout("--debug", "report", "other", "--workspace", str(recorded))
+    assert unknown.returncode == 2 and "Traceback" in unknown.stderr
+
+
+def test_export_to_where_nothing_can_be_written_is_one_clear_line(recorded: Path, heldout: Heldout) -> None:
+    from search.journal import Journal
+    from search.trial import TrialState
+
+    with Journal.open(recorded / "studies" / "s" / "journal.sqlite") as journal:
+        journal.finish(journal.history()[0].moved(TrialState.COMPLETE, score=1.0, loss=1.0))
+    (recorded / "file").write_text("")
+    ran = heldout("export", "s", "--out", str(recorded / "file" / "best"), "--workspace", str(recorded))
+    assert ran.returncode == 2 and "--out must be in a folder that can be written" in ran.stderr
+    assert "Traceback" not in ran.stderr

@@ -10,12 +10,13 @@ import pytest
 
 from search.driver import MOST_FAILURES_IN_A_ROW, Driver, Silent, Verdict, proposal_for
 from search.errors import SpaceError, StudyFailed, TrialFailed
-from search.executors import Exited, Lost, Message, Slot
+from search.executors import Exited, Job, Lost, Message, Slot
 from search.executors.inline import InlineExecutor
 from search.journal import Journal
 from search.samplers import get_sampler
 from search.space import Domain, Parameter, Space
 from search.trial import Trial, TrialState, seed_for
+from search.wiring import call
 
 RATE = Parameter("rate", "rate", (), Domain("float", 1e-4, 1.0, sampling="log", default=0.1))
 UNITS = Parameter("units", "units", (), Domain("int", 1, 9, 1, default=4))
@@ -263,3 +264,118 @@ def test_what_was_running_when_the_driver_ended_runs_again(tmp_path: Path) -> No
         driver(cut, body, trials=9, discovery=None).run()
         assert [(dict(t.params), t.score) for t in cut.history()] == expected
 
+
+
+class Held(InlineExecutor):
+    """Keeps the end of some jobs to itself for a while, and loses others."""
+
+    def __init__(self, body: Body, *, slots: int = 1, late: tuple[str, ...] = (), lost: tuple[str, ...] = ()) -> None:
+        super().__init__(body, [Slot(n, 1) for n in range(slots)])
+        self._late, self._lost, self._waiting, self._polls = late, set(lost), [], 0
+
+    def poll(self, timeout: float) -> list[Any]:
+        self._polls += 1
+        events = [*super().poll(timeout), *self._waiting]
+        self._waiting = []
+        for event in list(events):
+            if event.job in self._lost and not isinstance(event, Lost):
+                events.remove(event)
+                if isinstance(event, Exited):
+                    self._lost.remove(event.job)
+                    events.append(Lost(event.job))
+            elif event.job in self._late and self._polls < 5:
+                if isinstance(event, Exited) or event.body["type"] in ("result", "failed"):
+                    events.remove(event)
+                    self._waiting.append(event)
+        return events
+
+
+def test_a_space_is_not_exhausted_while_a_running_trial_may_ask_for_more(journal: Journal) -> None:
+    def body(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+        payload = job["payload"]
+        if job["kind"] == "discover":  # build asks for nothing, fit for everything
+            send({"type": "result", "space": Space.empty().grown([], complete=False).to_json(), "complete": True})
+            return
+        if payload["number"] == 0:
+            send({"type": "preflight", "asks": []})
+        send(result(asks_for(payload["proposal"], UNITS), 0.5))
+
+    executor = Held(body, slots=2, late=("trial-0-0",))
+    assert driver(journal, None, trials=6, executor=executor).run() == "complete"
+    assert len({t.params["units"] for t in journal.history()}) == 6
+
+
+@pytest.mark.parametrize("error", [SpaceError("it does not report val_auc"), ValueError("shapes (3,) and (2,)")])
+def test_a_trial_that_cannot_be_scored_fails_alone(journal: Journal, error: Exception) -> None:
+    class Refusing(ReadingJudge):
+        def judge(self, result: dict[str, Any]) -> Verdict:
+            if result["score"] > 0.2:
+                raise error
+            return super().judge(result)
+
+    driver(journal, study(RATE, score=lambda p: p["rate"]), trials=20, judge=Refusing()).run()
+    failed = [t for t in journal.history() if t.state is TrialState.FAILED]
+    assert failed and {t.reason for t in failed} == {"invalid"}
+    assert all(str(error) in str(t.message) for t in failed)
+
+
+def test_a_lost_discovery_runs_again(journal: Journal) -> None:
+    executor = Held(study(RATE, score=lambda p: 0.5), lost=("discover-0", "discover-1"))
+    assert driver(journal, None, trials=3, executor=executor).run() == "complete"
+
+
+def test_nothing_begins_before_discovery_has_agreed(journal: Journal) -> None:
+    began: list[dict[str, Any]] = []
+
+    def body(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+        if job["kind"] == "discover":
+            send({"type": "failed", "reason": "invalid", "message": "another branch is wrong", "error": "SpaceError"})
+        else:
+            study(RATE, score=lambda p: 0.5)(job, send)
+
+    executor = Held(body, slots=2, late=("discover-0",))
+    with pytest.raises(SpaceError, match="another branch"):
+        driver(journal, None, executor=executor, on_preflight=began.append).run()
+    assert not began
+
+
+@pytest.mark.parametrize(("times", "state"), [(2, TrialState.COMPLETE), (3, TrialState.FAILED)])
+def test_a_lost_score_job_runs_again_and_is_no_failure_of_the_trial(
+    journal: Journal, times: int, state: TrialState
+) -> None:
+    class Custom(ReadingJudge):
+        def judge(self, result: dict[str, Any]) -> Any:
+            return {"score": result["score"]}
+
+        def settle(self, result: dict[str, Any]) -> Verdict:
+            return Verdict(result["score"], None)
+
+    def body(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+        if job["kind"] == "score":
+            send({"type": "result", "score": job["payload"]["score"]})
+        else:
+            study(RATE, score=lambda p: p["rate"])(job, send)
+
+    class Losing(Held):
+        def poll(self, timeout: float) -> list[Any]:
+            events = super().poll(timeout)
+            self.left -= any(isinstance(event, Lost) for event in events)
+            self._lost = {"score-1-0"} if self.left else set()
+            return events
+
+        left = times
+
+    executor = Losing(body, lost=("score-1-0",))
+    driver(journal, None, trials=4, executor=executor, judge=Custom()).run()
+    trial = journal.history()[1]
+    assert (trial.state, trial.reason) == (state, None if state is TrialState.COMPLETE else "lost")
+
+
+def test_a_job_that_is_lost_before_it_began_is_asked_for_again() -> None:
+    def body(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+        send({"type": "result", "rows": 7})
+
+    asked = Job("load", "load", {})
+    assert call(Held(body, lost=("load", "load-again")), asked, Silent())["rows"] == 7
+    with pytest.raises(SpaceError, match="ended with no answer"):
+        call(Held(body, lost=("load", "load-again", "load-again-again")), asked, Silent())

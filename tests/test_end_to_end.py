@@ -14,7 +14,7 @@ import pytest
 
 from search.data import SealedRows
 from search.study import Study
-from tests.conftest import Heldout, run_heldout
+from tests.conftest import ROOT, Heldout, run_heldout
 from tests.tiny import write_space
 
 # Loads the model where neither heldout nor the space module can be imported, and predicts.
@@ -108,7 +108,7 @@ def test_mlflow_has_the_study_nested_with_native_params_and_epochs(digits: Done)
         assert run.data.params["learning_rate"] == str(trial.params["learning_rate"])
         steps = client.get_metric_history(run.info.run_id, "val_accuracy")
         assert [metric.step for metric in steps] == list(range(1, trial.epochs + 1))
-    assert any(a.path.endswith(".py") for a in client.list_artifacts(tracking["run_id"]))
+    assert [a.path for a in client.list_artifacts(tracking["run_id"], "space")] == ["space/digits_mlp.py"]
 
 
 def test_the_exported_model_gets_the_reported_test_accuracy_in_a_bare_process(
@@ -169,6 +169,8 @@ def test_the_registered_champion_loads_by_its_alias(digits: Done, tmp_path: Path
     uri = f"sqlite:///{digits.workspace}/mlflow.db"
     seen = subprocess.run([sys.executable, "-c", load, uri], capture_output=True, text=True, cwd=tmp_path)
     assert seen.stdout.strip().endswith("(2, 10)"), seen.stderr
+    assert list((digits.workspace / "artifacts").rglob("MLmodel")) and not list(tmp_path.rglob("mlruns"))
+    assert not (ROOT / "mlruns").exists()
 
 
 def test_rows_opened_before_stay_sealed_and_evaluate_counts(digits: Done, heldout: Heldout) -> None:
@@ -260,3 +262,84 @@ def test_check_says_what_would_be_searched_and_starts_nothing(tmp_path: Path, he
     assert "units_1: int 2 to 16" in ran.stdout and "layers: int 1 to 2" in ran.stdout
     assert "guard" in ran.stdout and "10 trials" in ran.stdout
     assert list((tmp_path / "ws" / "studies").iterdir()) == []
+
+
+PRYING = """
+import json, os, sys
+
+
+def seen_here():
+    fds = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    descriptors = [os.readlink(fd) for fd in fds if os.path.exists(fd)]
+    mapped = open("/proc/self/maps").read()
+    return json.dumps([sys.argv, dict(os.environ), descriptors, mapped])
+
+
+class Prying(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        print("SEEN", seen_here())
+
+
+def callbacks(hp):
+    return [Prying()]
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc, which Linux has")
+def test_nothing_a_trial_is_handed_leads_to_a_sealed_label(tmp_path: Path, heldout: Heldout) -> None:
+    space = write_space(tmp_path, "prying", rest=PRYING)
+    where = ("--workspace", str(tmp_path / "ws"), "--study", "pry")
+    assert heldout("launch", space, "--trials", "2", "--evaluate", "no", *where).returncode == 0
+    study = Study("pry", tmp_path / "ws")
+    sealed = study.meta("prepared")["sealed"]
+    assert list(Path(sealed).glob("guard_y_*.npy")) and list(Path(sealed).glob("test_y_*.npy"))
+    for number in (0, 1):
+        log = (study.folder / "trials" / f"{number:04d}" / "log.txt").read_text()
+        assert "SEEN" in log and str(tmp_path / "ws" / "rows") in log
+        assert str(tmp_path / "ws" / "sealed") not in log and Path(sealed).parent.name + "/" not in log
+
+
+def test_spawned_trials_score_as_forked_ones(tmp_path: Path, heldout: Heldout) -> None:
+    space = write_space(tmp_path)
+    seen = []
+    for method in ("fork", "spawn"):
+        where = ("--workspace", str(tmp_path / "ws"), "--study", method, "--start-method", method)
+        ran = heldout("launch", space, "--trials", "2", "--workers", "1", "--evaluate", "no", *where)
+        assert ran.returncode == 0, ran.stderr
+        seen.append([(dict(t.params), t.score) for t in Study(method, tmp_path / "ws").trials])
+    assert seen[0] == seen[1]
+
+
+def test_a_parameter_that_only_fit_asks_for_is_searched_tested_and_exported(tmp_path: Path, heldout: Heldout) -> None:
+    # A HyperModel as KerasTuner's guides write it: the batch size in fit, no Input, labels of shape (rows, 1).
+    build = (
+        "import keras_tuner\n\n\nclass Hyper(keras_tuner.HyperModel):\n"
+        "    def build(self, hp):\n"
+        "        model = keras.Sequential([keras.layers.Dense(4), keras.layers.Dense(1)])\n"
+        "        model.compile('adam', 'mse')\n"
+        "        return model\n\n"
+        "    def fit(self, hp, model, *args, **kwargs):\n"
+        "        return model.fit(*args, batch_size=hp.Choice('batch_size', [8, 16, 32]), **kwargs)\n\n\n"
+        "hypermodel = Hyper()"
+    )
+    load = (
+        "def load():\n    x = np.random.default_rng(0).normal(size=(200, 4)).astype('float32')\n"
+        "    return Dataset(x, x[:, :1] * 2)"
+    )
+    space = write_space(tmp_path, "hyper", build=build, load=load, objective='objective = "val_loss"\nepochs = 2')
+    where = ("--workspace", str(tmp_path / "ws"))
+    ran = heldout("launch", space, "--trials", "9", "--workers", "2", "--study", "h", "--json", *where)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout)
+    assert report["trials"]["complete"] == 3 and report["ended"] == "exhausted"
+    assert {t.params["batch_size"] for t in Study("h", tmp_path / "ws").trials} == {8, 16, 32}
+    assert report["test"]["winner"] > 0, report["sealed"]
+    out = heldout("export", "h", "--out", str(tmp_path / "best"), "--json", *where)
+    assert out.returncode == 0, out.stderr
+    assert json.loads(out.stdout)["scores"]["test"]["score"] == report["test"]["winner"]
+
+
+def test_try_runs_a_space_with_preprocessing(heldout: Heldout) -> None:
+    ran = heldout("try", "breast_cancer", "--epochs", "1", "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert 0 < json.loads(ran.stdout)["score"] <= 1

@@ -108,3 +108,45 @@ def test_a_hypermodel_takes_the_place_of_build_and_brings_its_fit(tmp_path: Path
     with_fit = SpaceModule(find(write_space(tmp_path, "with_fit", build=own + "\n\nhypermodel = Hyper()")))
     assert plain.fit is None
     assert with_fit.fit is not None
+
+
+def test_a_dotted_name_is_found_without_executing_the_packages_above_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for folder in (inner, inner.parent):
+        (folder / "__init__.py").write_text("raise SystemExit('executed in the driver')")
+    path = write_space(inner)
+    monkeypatch.chdir(tmp_path)
+    assert find("outer.inner.tiny").path == path
+    with pytest.raises(SpaceError, match="no space called 'outer.inner.other'"):
+        find("outer.inner.other")
+
+
+def test_a_file_is_read_by_the_encoding_that_it_declares(tmp_path: Path) -> None:
+    path = Path(write_space(tmp_path, imports="# -*- coding: latin-1 -*-\n# größer\n" + PARTS["imports"]))
+    text = path.read_text()
+    path.write_bytes(text.encode("latin-1"))
+    assert "größer" in find(str(path)).source
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace("latin-1", "utf-8").encode())
+    assert find(str(path)).name == "tiny"
+
+
+def test_a_file_that_is_no_text_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "binary.py"
+    path.write_bytes(b"x = 1\0")
+    with pytest.raises(SpaceError) as caught:
+        find(str(path))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_library_beside_the_module_is_not_the_line_to_change(tmp_path: Path) -> None:
+    library = tmp_path / "venv" / "site-packages" / "strict.py"
+    library.parent.mkdir(parents=True)
+    library.write_text("def check():\n    raise ValueError('no')")
+    load = f"def load():\n    import sys\n    sys.path.insert(0, {str(library.parent)!r})\n    import strict\n"
+    path = write_space(tmp_path, "uses", load=load + "    strict.check()")
+    with pytest.raises(SpaceError) as caught:
+        SpaceModule(find(path)).load()
+    assert str(caught.value).startswith(f"{path}:")

@@ -186,7 +186,7 @@ class TestPublished:
 
         child = tracked.children[1, 0]
         assert child.info.status == "FINISHED"
-        assert child.info.run_name == "digits · trial 1"
+        assert child.info.run_name == "trial 1 · digits"
         assert child.info.end_time - child.info.start_time == 4000
         assert child.data.params == {
             "trial": "1", "units": "33", "rate": "0.001", "bias": "True", "act": "relu"
@@ -231,7 +231,7 @@ class TestPublished:
         assert states == ["FAILED", "PRUNED", "WAITING", "COMPLETE", "INTERRUPTED"]
         assert children[0, 0].data.tags["heldout.reason"] == "nan"
         assert children[0, 0].data.tags["heldout.message"] == "the loss is not a number after epoch 2"
-        assert children[2, 1].info.run_name == "digits · trial 2 · attempt 2"
+        assert children[2, 1].info.run_name == "trial 2 · attempt 2 · digits"
         assert tracked.publisher.summary()["runs"]["2"] == children[2, 1].info.run_id
         assert tracked.series(children[2, 0], "loss") == [(1, 1.0)]
         assert tracked.parent.info.status == "KILLED"

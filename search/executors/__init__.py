@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-__all__ = ["Event", "Executor", "Exited", "Job", "Lost", "Message", "Slot", "Warned", "task"]
+__all__ = ["NO_GPU", "Event", "Executor", "Exited", "Job", "Lost", "Message", "Slot", "Warned", "task"]
+
+# Environment of processes without a GPU, and of jobs without a slot: on the GPUs that they would see they'd take
+# memory from the trials. An empty value hides every GPU from CUDA as well, but some launchers drop empty variables.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}
 
 
 @dataclass(frozen=True)

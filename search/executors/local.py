@@ -37,9 +37,7 @@ def start_method(asked: str | None = None) -> str:
         RequestError: On native Windows, or for a name that is no start method.
     """
     if sys.platform == "win32":
-        raise RequestError(
-            "trials need Linux, WSL2 or macOS, but this is native Windows: use heldout in WSL2"
-        )
+        raise RequestError("trials need Linux, WSL2 or macOS, but this is native Windows: use heldout in WSL2")
     if asked is None:
         # After a fork, macOS' own libraries abort.
         return "spawn" if sys.platform == "darwin" else "fork"
@@ -92,7 +90,7 @@ class LocalExecutor:
         self._path = list(path)
         self._entry = entry
         self._log = log
-        self._environment = _environment(backend, template_threads)
+        self._environment = _environment(backend, template_threads, any(slot.gpus for slot in self._slots))
         self._control: Link | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._running: dict[str, _Running] = {}
@@ -132,9 +130,7 @@ class LocalExecutor:
         if self._failure is not None:
             raise self._failure
         if self._control is None:
-            raise ExecutorError(
-                "an executor must be started before it gets jobs, but this is not: call start()"
-            )
+            raise ExecutorError("an executor must be started before it gets jobs, but this is not: call start()")
         if job.id in self._running:
             raise ValueError(f"the id of a job must be its own, but {job.id!r} is running")
         if slot is not None and any(other.slot == slot for other in self._running.values()):
@@ -313,9 +309,7 @@ class LocalExecutor:
         else:
             if not self._ready and self._preload and self._method == "fork":
                 names = ", ".join(self._preload)
-                self._events.append(
-                    Warned(f"importing ahead of the trials ended the process, so without: {names}")
-                )
+                self._events.append(Warned(f"importing ahead of the trials ended the process, so without: {names}"))
                 self._preload = ()
             self._launch()
 
@@ -351,10 +345,11 @@ def _failed(name: str, text: str) -> Message:
 _start_method = start_method
 
 
-def _environment(backend: str | None, threads: int) -> dict[str, str]:
+def _environment(backend: str | None, threads: int, has_gpus: bool) -> dict[str, str]:
     """The template's environment: the driver's, with defaults for what the user has not set."""
     defaults = dict.fromkeys(_THREAD_VARIABLES, str(threads))
     # Sets of strings in the user's code iterate alike in every trial and every run.
-    defaults |= {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONHASHSEED": "0"}
+    # Without a GPU, TensorFlow's errors are about the GPU that it does not find.
+    defaults |= {"TF_CPP_MIN_LOG_LEVEL": "2" if has_gpus else "3", "PYTHONHASHSEED": "0"}
     chosen = {} if backend is None else {"KERAS_BACKEND": backend}
     return {**defaults, **os.environ, **chosen}

@@ -1,0 +1,130 @@
+"""Rehearsals: `check` and `try`, which do what a study would do and record nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from search import devices, wiring
+from search.driver import Silent, Watcher
+from search.errors import SpaceError
+from search.executors import NO_GPU, Job
+from search.problem import find
+from search.samplers import get_sampler
+from search.study import StudyConfig, make_workspace, workspace_folder
+from search.trial import seed_for
+
+
+def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict[str, Any]:
+    """Say what would be searched, on which rows, and at what cost; starts no study.
+
+    Returns:
+        ``space`` (parameters with their domains), ``complete`` (whether discovery finished), ``data`` (the
+        manifest of the rows), ``objective``, ``direction``, ``reported``, ``size``, ``trials``, ``slots``, ``epochs``,
+        ``epoch_seconds`` of the default model and ``estimate_seconds`` of the plan, were all trials like it.
+
+    Raises:
+        RequestError: As ``launch`` would.
+    """
+    from search.space import Space
+
+    began = time.monotonic()
+    config = StudyConfig(space=space, **options)
+    watcher = watcher or Silent()
+    problem = find(config.space)
+    get_sampler(config.sampler)
+    slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
+    workspace = workspace_folder(config.workspace)
+    make_workspace(workspace)
+    with tempfile.TemporaryDirectory(prefix="heldout-check-") as scratch:
+        with wiring.start_executor(slots, problem, Path(scratch), config.start_method) as executor:
+            # Not to the watcher: the answer has the warnings, in its manifest.
+            prepared = wiring.prepare(executor, problem, workspace, config.split_seed, Silent())
+            asked = {"problem": problem.to_json(), "seconds": wiring.DISCOVERY_SECONDS}
+            found = wiring.call(executor, Job("discover", "discover", asked, env=NO_GPU), watcher)
+            payload = wiring.base_payload(prepared, Path(scratch)) | {
+                "epochs": config.epochs,
+                "seed": 0,
+                "default": True,
+            }
+            ready = time.monotonic()
+            seen = wiring.call(executor, Job("check", "check", payload), watcher, slot=executor.slots[0])
+            trial = time.monotonic() - ready  # a process, a model, preflight in place of prediction, two epochs
+    discovered = Space.from_json(found["space"])
+    epochs = config.epochs or discovered.defaults().get("epochs") or prepared["epochs"] or 30
+    seconds = trial + (int(epochs) - 2) * seen["epoch_seconds"]
+    return {
+        "name": problem.name,
+        "space": {key: p.domain.to_json() | {"conditions": p.conditions} for key, p in discovered.parameters.items()},
+        "complete": found["complete"],
+        "data": prepared["manifest"],
+        "objective": prepared["objective"],
+        "direction": prepared["direction"],
+        "reported": seen["reported"],
+        "size": seen["size"],
+        "epochs": int(epochs),
+        "epoch_seconds": seen["epoch_seconds"],
+        "trials": config.trials,
+        "slots": len(slots),
+        "estimate_seconds": ready - began + config.trials * max(seconds, 0.0) / len(slots),
+    }
+
+
+def try_params(
+    space: str,
+    params: Mapping[str, Any],
+    *,
+    epochs: int | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Run one trial in this very process, recording nothing; exceptions of the module come through as they are.
+
+    Args:
+        params: Values by name; the rest are the defaults.
+        say: Is given one line per epoch.
+
+    Returns:
+        ``params``, ``score``, ``epochs``, ``best_epoch`` and ``size``.
+    """
+    from search import worker
+    from search.judge import RowJudge
+    from search.space import Space
+
+    StudyConfig(space=space, epochs=epochs, seed=seed)  # checks them
+    problem = find(space)
+    sys.path.append(os.getcwd())  # as in a trial's process
+    with contextlib.suppress(RuntimeError):  # too late in a notebook that has used TensorFlow before
+        devices.apply(wiring.one_slot()[0].to_json())
+    with tempfile.TemporaryDirectory(prefix="heldout-try-") as scratch:
+        prepared = wiring.completed(worker.load(wiring.load_payload(problem, Path(scratch), 0), _unheard), problem)
+        payload = wiring.base_payload(prepared, Path(scratch)) | {"epochs": epochs, "seed": seed_for(seed, 0)}
+        payload |= {"named": dict(params), "default": True}
+        result = worker.trial(payload, lambda body: _say_epoch(body, say))
+        known = Space.empty().grown(result["asks"])
+        asked = known.params_of(result["asks"])
+        for name, value in params.items():
+            if name not in asked:
+                raise SpaceError(f"{space} does not ask for {name!r} with these values; it asks for {', '.join(asked)}")
+            if asked[name] != value:
+                raise SpaceError(f"{name} must be in {known.parameters[name].domain}, but got {value!r}")
+        judge = RowJudge(Path(prepared["rows"]), Path(prepared["sealed"]), prepared["objective"], problem.to_json())
+        verdict = judge.judge(result)
+        if isinstance(verdict, dict):
+            verdict = judge.settle(worker.score(verdict, _unheard))
+    return {"params": dict(asked), "score": verdict.score} | {k: result[k] for k in ("epochs", "best_epoch", "size")}
+
+
+def _unheard(_: dict[str, Any]) -> None:
+    """These jobs send nothing but their result."""
+
+
+def _say_epoch(body: dict[str, Any], say: Callable[[str], None] | None) -> None:
+    if say is not None and body["type"] == "report":
+        say(f"epoch {body['step']}: " + ", ".join(f"{name} {value:.4g}" for name, value in body["metrics"].items()))
