@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -343,3 +344,23 @@ def test_try_runs_a_space_with_preprocessing(heldout: Heldout) -> None:
     ran = heldout("try", "breast_cancer", "--epochs", "1", "--json")
     assert ran.returncode == 0, ran.stderr
     assert 0 < json.loads(ran.stdout)["score"] <= 1
+
+
+def test_a_study_whose_driver_was_killed_goes_on_to_what_it_would_have_been(tmp_path: Path, heldout: Heldout) -> None:
+    space = write_space(tmp_path)
+    where = ("--workspace", str(tmp_path / "ws"))
+    plan = ("launch", space, "--trials", "6", "--workers", "1", "--evaluate", "no", *where)
+    assert heldout(*plan, "--study", "whole").returncode == 0
+    command = [sys.executable, "-m", "search.cli", *plan, "--study", "cut"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as driver:
+        assert driver.stderr is not None
+        assert any(line.startswith("trial 2 ") for line in driver.stderr)
+        driver.kill()
+    assert Study("cut", tmp_path / "ws").state == "STOPPED"
+
+    resumed = heldout("resume", "cut", *where, "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["state"] == "COMPLETE"
+    whole, cut = ([(dict(t.params), t.score) for t in Study(n, tmp_path / "ws").trials] for n in ("whole", "cut"))
+    assert cut == whole

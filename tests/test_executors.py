@@ -210,7 +210,7 @@ def test_the_environment_is_the_drivers_then_the_jobs_then_the_slots(
         names = ["OUTER", "WHOSE", "MINE", "CUDA_VISIBLE_DEVICES", "KERAS_BACKEND"]
         names += ["OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "TF_CPP_MIN_LOG_LEVEL"]
         executor.submit(Job("a", "about", {"names": names}, env={"MINE": "job", "WHOSE": "job"}), slot)
-        values = ["driver", "slot", "job", "-1", "jax", "3", "2", "2"]
+        values = ["driver", "slot", "job", "-1", "jax", "3", "2", "3"]
         assert first_message(executor)["env"] == dict(zip(names, values, strict=True))
         executor.close()
 
