@@ -9,6 +9,7 @@ import numpy as np
 
 from search import scoring, training
 from search.data import load_structure
+from search.declaration import output_names
 from search.errors import SpaceError
 from search.problem import SpaceModule
 from search.tracing import TracingHyperParameters
@@ -28,7 +29,7 @@ def score(payload: dict[str, Any], module: SpaceModule) -> dict[str, Any]:
     keras.utils.clear_session()  # in the process of `heldout try` a trial's model has taken the metrics' names
     keras.utils.set_random_seed(0)
     model = training.build(module, TracingHyperParameters(None, 0, True))
-    names = training.output_names(model)
+    names = output_names(model)
     values = {}
     for name, paths in payload["sets"].items():
         predicted = [np.load(path, allow_pickle=False) for path in paths["predictions"]]

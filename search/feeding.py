@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from search.data import OpenRows
-from search.fused import orders
+from search.fused import order
 
 
 def joined(rows: OpenRows, tier: str, preprocess: keras.Model | None, index: np.ndarray | None = None) -> Any:
@@ -70,7 +70,7 @@ def targets(rows: OpenRows, tier: str) -> tuple[Any, ...]:
 def _tf_batches(rows: OpenRows, tier: str, preprocess: Any, features: Any, batch: int, seed: int | None) -> Any:
     import tensorflow as tf
 
-    labels = targets(rows, tier)
+    labels, count = targets(rows, tier), rows.size(tier)
     with tf.device("/CPU:0"):
         held = keras.tree.map_structure(tf.constant, labels if features is None else (features, *labels))
 
@@ -88,10 +88,15 @@ def _tf_batches(rows: OpenRows, tier: str, preprocess: Any, features: Any, batch
 
     # Batches of indices, one gather a batch: per-row pipelines cost more than a small model's step.
     if seed is None:
-        index = tf.data.Dataset.range(rows.size(tier)).batch(batch)
+        index = tf.data.Dataset.range(count).batch(batch)
     else:
-        index = orders(rows.size(tier), seed).flat_map(
-            lambda order: tf.data.Dataset.from_tensor_slices(order).batch(batch)
+        # Without end, an epoch's order after the other; `fit` is told how many batches make an epoch.
+        index = tf.data.Dataset.counter().flat_map(
+            lambda epoch: tf.data.Dataset.from_tensor_slices(
+                tf.ensure_shape(
+                    tf.numpy_function(lambda e: order(count, seed, int(e)), [epoch], tf.int64, stateful=False), [count]
+                )
+            ).batch(batch)
         )
     return index.map(gather if features is not None else gather_mapped).prefetch(2)
 
@@ -111,9 +116,8 @@ class _Gathered(keras.utils.PyDataset):
         super().__init__()
         self._rows, self._tier, self._preprocess, self._batch = rows, tier, preprocess, batch
         self._features, self._labels = features, targets(rows, tier)
-        self._rng = None if seed is None else np.random.default_rng(seed)
-        self._order = np.arange(rows.size(tier))
-        self.on_epoch_end()
+        self._seed, self._epoch = seed, 0
+        self._order = np.arange(rows.size(tier)) if seed is None else order(rows.size(tier), seed, 0)
 
     def __len__(self) -> int:
         return math.ceil(len(self._order) / self._batch)
@@ -128,5 +132,6 @@ class _Gathered(keras.utils.PyDataset):
 
     def on_epoch_end(self) -> None:
         """Shuffle for the next epoch."""
-        if self._rng is not None:
-            self._rng.shuffle(self._order)
+        if self._seed is not None:
+            self._epoch += 1
+            self._order = order(len(self._order), self._seed, self._epoch)

@@ -7,11 +7,14 @@ the batches inside one graph. Rows come in the same order as in the ordinary pat
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
+
+from search.declaration import ends
 
 _BATCH_HOOKS = (
     "on_train_batch_begin",
@@ -45,18 +48,9 @@ def usable(model: keras.Model, callbacks: Sequence[Any]) -> bool:
     )
 
 
-def orders(count: int, seed: int | None) -> Any:
-    """The order of rows, epoch after epoch, without end: shuffled by (seed, epoch), or as stored."""
-    import tensorflow as tf
-
-    rows = tf.range(count, dtype=tf.int64)
-
-    def order(epoch: Any) -> Any:
-        if seed is None:
-            return rows
-        return tf.random.experimental.stateless_shuffle(rows, tf.stack([tf.constant(seed, tf.int64), epoch]))
-
-    return tf.data.Dataset.counter().map(order)
+def order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of rows in an epoch, counted from 0: int64 of shape (count,), the same on every path and backend."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def fit(
@@ -81,13 +75,16 @@ def fit(
     import tensorflow as tf
 
     _build(model, train)
-    model.train_function = _function(model.train_step, train, batch, model.jit_compile)
-    model.test_function = _function(model.test_step, validation, large, model.jit_compile)
-    every = tf.data.Dataset.from_tensors(np.arange(_count(validation), dtype=np.int64))
+    count, last = _count(train), np.arange(_count(validation))
+    epoch = itertools.count()
+    model.train_function = _function(
+        model.train_step, train, batch, model.jit_compile, lambda: order(count, seed, next(epoch))
+    )
+    model.test_function = _function(model.test_step, validation, large, model.jit_compile, lambda: last)
+    # Keras asks its data for one step an epoch; the rows themselves are in the functions.
+    step = tf.data.Dataset.from_tensors(0)
     try:
-        model.fit(
-            orders(_count(train), seed), validation_data=every, steps_per_epoch=1, shuffle=False, verbose=0, **options
-        )
+        model.fit(step, validation_data=step, shuffle=False, verbose=0, **options)
     finally:
         model.train_function = model.test_function = None
 
@@ -102,18 +99,31 @@ def _build(model: keras.Model, data: Sequence[Any]) -> None:
     ``fit`` would make them from its data, which is a permutation here; and variables that appear while a function is
     traced make TensorFlow trace it twice.
     """
-    row = keras.tree.map_structure(lambda part: part[:1], tuple(data))
-    predicted = model(row[0], training=False)
-    model.compute_loss(*row[:2], predicted)
-    model.compute_metrics(*row[:2], predicted)
+    x, *rest = keras.tree.map_structure(lambda part: part[:1], tuple(data))
+    predicted = _predicted(model, x)
+    model.compute_loss(x, rest[0], predicted)
+    model.compute_metrics(x, rest[0], predicted)
     model.reset_metrics()
     model.optimizer.build(model.trainable_variables)
 
 
+def _predicted(model: keras.Model, x: Any) -> Any:
+    """Something of the shape of a prediction for one row; zeros, where the shape is known without running the model."""
+    known = ends(model)
+    shapes = [part.shape[1:] for part in keras.tree.flatten(known[1])] if known is not None else [(None,)]
+    if known is None or any(None in shape for shape in shapes):
+        return model(x, training=False)
+    return keras.tree.map_structure(lambda part: keras.ops.zeros((1, *part.shape[1:]), part.dtype), known[1])
+
+
 def _function(
-    step: Callable[[Any], Mapping[str, Any]], data: Sequence[Any], batch: int, jit_compile: bool
+    step: Callable[[Any], Mapping[str, Any]],
+    data: Sequence[Any],
+    batch: int,
+    jit_compile: bool,
+    rows: Callable[[], np.ndarray],
 ) -> Callable[[Any], Any]:
-    """What Keras calls with an iterator: takes one order of rows from it and runs a step for each batch of it."""
+    """What Keras calls once an epoch: runs a step for each batch of the rows, in the order that ``rows`` gives."""
     import tensorflow as tf
 
     held = keras.tree.map_structure(tf.constant, tuple(data))
@@ -136,4 +146,4 @@ def _function(
         return batch_step(order[last * batch :])
 
     run = tf.function(epoch, input_signature=of_rows, autograph=False)
-    return lambda iterator: run(next(iterator))
+    return lambda iterator: run(rows())  # the iterator has nothing to tell

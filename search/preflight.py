@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from search import feeding, scoring, training
+from search.declaration import declare
 from search.errors import HeldoutError, RequestError, SpaceError
 from search.problem import first_line
 
@@ -90,7 +91,7 @@ def _check_objective(objective: str, reported: list[str], path: str) -> None:
 
 
 def _check_score(running: Any, predicted: Any, y: Any) -> scoring.Metric:
-    declaration = training.declare(running.model)
+    declaration = declare(running.model)
     metric = scoring.resolve(running.payload["objective"], declaration)
     if metric.kind != "custom":
         names = [output["name"] for output in declaration["outputs"]]

@@ -103,7 +103,7 @@ def _fit_preprocess(module: SpaceModule, rows: Any, path: Path, must_remove_nan:
     import keras
     import numpy as np
 
-    from search import feeding, training
+    from search import declaration, feeding, training
 
     keras.utils.set_random_seed(0)
     assert module.preprocess is not None
@@ -114,7 +114,7 @@ def _fit_preprocess(module: SpaceModule, rows: Any, path: Path, must_remove_nan:
             f"{module.problem.path}: preprocess(train) must return a keras.Model, such as "
             f"keras.Sequential([keras.Input(...), normalization]), but returned {type(model).__name__}"
         )
-    known = training.ends(model)
+    known = declaration.ends(model)
     if known is not None:  # a name of its own, since every unnamed model is called "sequential"
         model = keras.Model(*known, name="preprocess")
     if must_remove_nan:
@@ -170,11 +170,11 @@ class _Trial:
 
     def described(self) -> dict[str, Any]:
         """What the driver and the scorer need to know of the model."""
-        from search import training
+        from search import declaration
 
         return {
             "asks": self.hp.asks,
-            "declaration": training.declare(self.model),
+            "declaration": declaration.declare(self.model),
             "size": int(self.model.count_params()) if self.model.built else None,
         }
 

@@ -21,7 +21,8 @@ LAYERS = (
     {"domain", "traces", "split", "template", "publishing"},
     {"space", "store"},
     {"data"},
-    {"history", "tracing", "fused", "scoring"},
+    {"history", "tracing", "declaration", "scoring"},
+    {"fused"},
     {"feeding"},
     {"journal", "runs", "statistics"},
     {"publisher"},
@@ -56,7 +57,7 @@ STDLIB_ONLY = {
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
 SLOW = {
-    "keras": {"training", "tracing", "feeding", "fused", "preflight", "custom_metric"},
+    "keras": {"training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric"},
     "keras_tuner": {"tracing"},
     "mlflow": {"tracking", "publisher"},
     "scipy": {"statistics"},

@@ -13,6 +13,7 @@ import pytest
 
 from search import feeding, fused, preflight, training
 from search.data import Dataset, OpenRows, prepare
+from search.declaration import declare
 from search.errors import SpaceError, TrialFailed
 from search.problem import SpaceModule, find
 from search.tracing import TracingHyperParameters
@@ -302,7 +303,7 @@ def test_several_inputs_and_outputs_train_and_are_declared_under_keras_names(tmp
     )
     running = Running(tmp_path, "several", objective="val_kind_accuracy", load=SEVERAL, build=two_inputs(compiled))
     found = preflight.run(running)
-    declared = training.declare(running.model)
+    declared = declare(running.model)
     assert {"val_kind_accuracy", "val_size_mae", "val_loss"} <= set(found["reported"])
     assert [(o["name"], o["loss"], o["weight"]) for o in declared["outputs"]] == [
         ("kind", "sparse_categorical_crossentropy", 1.0),
@@ -319,10 +320,10 @@ def test_a_declaration_tells_a_known_loss_with_its_settings_from_the_users_own(t
     rest = "def my_loss(y, p):\n    return keras.ops.mean(keras.ops.square(y - p))"
     running = Running(tmp_path, "declared", rest=rest)
     running.model.compile("adam", keras.losses.BinaryCrossentropy(from_logits=True, label_smoothing=0.1))
-    (output,) = training.declare(running.model)["outputs"]
+    (output,) = declare(running.model)["outputs"]
     assert (output["loss"], output["from_logits"], output["label_smoothing"]) == ("binary_crossentropy", True, 0.1)
     running.model.compile("adam", running.module._get("my_loss"), metrics=[keras.metrics.AUC(name="area")])
-    declared = training.declare(running.model)
+    declared = declare(running.model)
     assert declared["outputs"][0]["loss"] is None
     assert [(m["name"], m["kind"]) for m in declared["metrics"]] == [("area", "auc")]
 
