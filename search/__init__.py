@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from search.rehearsal import check, try_params
     from search.study import Study
     from search.study import names as studies
+    from search.ui import serve
     from search.wiring import launch, resume
 
 # Loaded when first used: `heldout --help` and a space module need none of the rest.
@@ -39,6 +40,7 @@ _HOME = {
     "evaluate": "evaluation",
     "launch": "wiring",
     "resume": "wiring",
+    "serve": "ui",
     "studies": "study",
     "try_params": "rehearsal",
 }
@@ -58,6 +60,7 @@ __all__ = [
     "evaluate",
     "launch",
     "resume",
+    "serve",
     "studies",
     "try_params",
 ]

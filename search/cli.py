@@ -187,39 +187,18 @@ def try_(space: str, params: str, epochs: int | None, seed: int, as_json: bool) 
 @_as_json
 def status(study: str | None, workspace: str | None, as_json: bool) -> None:
     """Show how far STUDY is, or all studies of the workspace."""
-    from search.report import number, report
+    from search.report import status_line
     from search.study import Study, names, workspace_folder
 
     folder = workspace_folder(workspace)
     wanted = [study] if study is not None else names(folder)
-    summaries = []
-    for name in wanted:
-        one = Study(name, workspace)
-        summary = report(one)
-        summary["planned"] = one.meta("study", {"config": {"trials": None}})["config"]["trials"]
-        summary["running"] = [t.number for t in one.trials if not t.state.is_finished]
-        summaries.append(summary)
+    found = [Study(name, workspace).status() for name in wanted]
     if as_json:
-        return _print_json(summaries[0] if study is not None else summaries)
-    if not summaries:
+        return _print_json(found[0] if study is not None else found)
+    for one in found:
+        click.echo(status_line(one))
+    if not found:
         click.echo(f"no studies in {folder}; start one with `heldout launch SPACE`")
-    for summary in summaries:
-        done = sum(summary["trials"].values())
-        best = (
-            "none yet"
-            if summary["best"] is None
-            else f"{number(summary['best']['validation'])} (trial {summary['best']['trial']})"
-        )
-        running = (
-            f", running {', '.join(map(str, summary['running']))}"
-            if summary["running"] and summary["state"] == "RUNNING"
-            else ""
-        )
-        failed = f", {summary['trials']['failed']} failed" if summary["trials"]["failed"] else ""
-        click.echo(
-            f"{summary['study']}: {summary['state'].lower()}, {done} of {summary['planned']} trials{failed}{running}; "
-            f"best {summary['objective']} {best}"
-        )
 
 
 @main.command()
@@ -249,18 +228,10 @@ def show(study: str, trial: int, workspace: str | None, as_json: bool) -> None:
     from search.report import trial_lines
     from search.study import Study
 
-    found = Study(study, workspace)
-    one = {t.number: t for t in found.trials}.get(trial)
-    if one is None:
-        raise RequestError(f"study {study!r} has no trial {trial}; it has {len(found.trials)}, from 0")
-    with found.journal() as journal:
-        reports = journal.reports(trial=trial)
-    log = found.folder / "trials" / f"{trial:04d}" / "log.txt"
-    printed = log.read_text(errors="replace") if log.exists() else ""
+    found = Study(study, workspace).show(trial)
     if as_json:
-        epochs = [{"attempt": r.attempt, "step": r.step, "metrics": dict(r.metrics)} for r in reports]
-        return _print_json(one.to_json() | {"reports": epochs, "log": printed})
-    for line in trial_lines(one, [r for r in reports if r.attempt == one.attempt], printed):
+        return _print_json(found)
+    for line in trial_lines(found):
         click.echo(line)
 
 

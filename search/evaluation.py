@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from search import scoring, statistics, wiring
+from search import jobs, scoring, statistics
 from search.data import SealedRows
 from search.driver import Silent, Watcher
 from search.errors import RequestError, StudyError
@@ -43,10 +43,10 @@ def evaluate(study: Study, *, watcher: Watcher | None = None) -> dict[str, Any]:
     with locked(study.folder):
         journal = Journal.open(study.folder / "journal.sqlite")
         try:
-            slots = wiring.one_slot()
-            with wiring.start_executor(slots, problem, study.folder, None) as executor:
+            slots = jobs.one_slot()
+            with jobs.start_executor(slots, problem, study.folder, None) as executor:
                 found = open_test(study.folder, journal, executor, watcher, again=True)
-            wiring.publish(study.folder, journal, watcher)
+            jobs.publish(study.folder, journal, watcher)
         finally:
             journal.close()
     return found
@@ -125,8 +125,8 @@ def freeze(folder: Path, journal: Journal, executor: Executor, watcher: Watcher,
         ``digest`` over all of it.
     """
     known: dict[str, Any] | None = journal.get("frozen")
-    if known is not None and known["models"]["winner"]["trial"] == winner.number and _intact(known):
-        return known
+    if known is not None and known["models"]["winner"]["trial"] == winner.number:
+        return intact(known)
     baseline = next((t for t in journal.history() if t.number == 0 and t.state is TrialState.COMPLETE), None)
     place = folder / "frozen"
     place.mkdir(exist_ok=True)
@@ -150,14 +150,19 @@ def freeze(folder: Path, journal: Journal, executor: Executor, watcher: Watcher,
     return frozen
 
 
-def _intact(frozen: dict[str, Any]) -> bool:
+def intact(frozen: dict[str, Any]) -> dict[str, Any]:
+    """The frozen selection, if its files are still those that were frozen.
+
+    Raises:
+        RequestError: Otherwise.
+    """
     for item in frozen["models"].values():
         path = Path(item["path"])
         if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != item["sha256"]:
             raise RequestError(
                 f"the frozen model {path} is missing or was changed after it was frozen; restore it from a copy"
             )
-    return True
+    return frozen
 
 
 def build_file(
@@ -174,7 +179,7 @@ def build_file(
         RequestError: If the recorded parameters no longer build the recorded model.
     """
     prepared, space = journal.get("prepared"), journal.space()
-    payload = wiring.base_payload(prepared, path.parent) | {
+    payload = jobs.base_payload(prepared, path.parent) | {
         "seed": trial.seed,
         "proposal": space.proposal(trial.params),
         "weights": trial.extra["weights"],
@@ -182,7 +187,7 @@ def build_file(
         "saved_model": None if saved_model is None else str(saved_model),
     }
     job = Job(f"export-{trial.number}", "export", payload, log=str(path.parent / "export.log"))
-    built = wiring.call(executor, job, watcher, slot=executor.slots[0])
+    built = jobs.call(executor, job, watcher, slot=executor.slots[0])
     asked = space.grown(built["asks"]).params_of(built["asks"])
     # What only fit or callbacks asked for, such as a batch size, is not asked for when a model is only built.
     if asked != {key: trial.params.get(key) for key in asked}:
@@ -216,7 +221,7 @@ def predict_file(
         "folder": str(folder),
     }
     job = Job(f"predict-{tier}", "predict", payload, log=str(folder / "predict.log"))
-    return wiring.call(executor, job, watcher, slot=executor.slots[0])
+    return jobs.call(executor, job, watcher, slot=executor.slots[0])
 
 
 def _scored(
@@ -244,6 +249,7 @@ def _scored(
         "verdicts": [],
     }
     for role, item in frozen["models"].items():
+        metric = scoring.resolve(frozen["objective"], item["declaration"])
         predictions = [np.load(path, allow_pickle=False) for path in files[role]]
         names = [output["name"] for output in item["declaration"]["outputs"]]
         inputs[role] = scoring.score(metric, item["declaration"], predictions, scoring.in_order(labels, names))
@@ -288,7 +294,7 @@ def _custom_scored(
         "objective": frozen["objective"],
         "sets": {role: {"predictions": files[role], "labels": labels} for role in frozen["models"]},
     }
-    values = wiring.call(executor, Job("score-test", "score", payload), watcher, executor.slots[0])["values"]
+    values = jobs.call(executor, Job("score-test", "score", payload), watcher, executor.slots[0])["values"]
     out: dict[str, Any] = {
         "objective": frozen["objective"],
         "rows": prepared["manifest"]["tiers"]["test"],

@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from search import publishing, scoring, wiring
+from search import jobs, publishing, scoring
 from search.driver import Silent, Watcher
 from search.errors import RequestError, StudyError
-from search.evaluation import build_file, predict_file
+from search.evaluation import build_file, intact, predict_file
 from search.executors import Executor, Job
 from search.journal import Journal
 from search.judge import RowJudge
@@ -63,16 +63,14 @@ def export(
         prepared = journal.get("prepared")
         uri = publishing.uri_of(journal.get("study")) if register is not None else ""
         with _beside(folder) as scratch:
-            with wiring.start_executor(
-                wiring.one_slot(), Problem(**prepared["problem"]), Path(scratch), None
-            ) as executor:
+            with jobs.start_executor(jobs.one_slot(), Problem(**prepared["problem"]), Path(scratch), None) as executor:
                 lineage = _written(study, journal, executor, watcher, chosen, Path(scratch) / "out", format)
                 if register is not None:
                     watcher.say(f"registering {register}")
                     asked = {"problem": prepared["problem"], "path": str(Path(scratch) / "out" / "model.keras")}
                     asked |= {"name": register, "uri": uri, "lineage": lineage}
                     job = Job("register", "register", asked, env=publishing.MLFLOW_ENVIRONMENT)
-                    done = wiring.call(executor, job, watcher, executor.slots[0])
+                    done = jobs.call(executor, job, watcher, executor.slots[0])
                     lineage["registered"] = done["registered"]
                     _write_json(Path(scratch) / "out" / "lineage.json", lineage)
             if folder.exists():
@@ -112,7 +110,7 @@ def _written(
 ) -> dict[str, Any]:
     out.mkdir()
     prepared, meta = journal.get("prepared"), journal.get("study")
-    frozen = {item["trial"]: item for item in (journal.get("frozen") or {"models": {}})["models"].values()}
+    frozen = {item["trial"]: item for item in intact(journal.get("frozen") or {"models": {}})["models"].values()}
     path = out / "model.keras"
     saved = out / "saved_model" if format == "saved_model" else None
     if trial.number in frozen and saved is None:
@@ -178,7 +176,7 @@ def _scores(
                 "sets": judge.sets({"predictions": files}),
             }
             job = Job("score-export", "score", asked)
-            values = wiring.call(executor, job, watcher, executor.slots[0])["values"]
+            values = jobs.call(executor, job, watcher, executor.slots[0])["values"]
             scores = {tier: {"score": values[tier]} for tier in ("validation", "guard")}
     evaluation = journal.get("evaluation") or {}
     for role in ("winner", "baseline"):

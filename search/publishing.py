@@ -52,13 +52,21 @@ def default_uri(workspace: Path) -> str:
     return f"sqlite:///{workspace.absolute() / 'mlflow.db'}"
 
 
+def anchored(uri: str) -> str:
+    """The URI with a relative SQLite path made absolute: a study is resumed from anywhere."""
+    scheme, mark, path = uri.partition(":///")
+    if mark and scheme.split("+")[0] == "sqlite" and path and not path.startswith("/"):
+        return f"{scheme}:///{Path(path).absolute()}"
+    return uri
+
+
 def uri_of(study: Mapping[str, Any]) -> str:
     """Where a recorded study is published: its record has no credentials, so the environment may bring them.
 
     Raises:
         TrackingError: If the record says that there were credentials and ``MLFLOW_TRACKING_URI`` does not fit it.
     """
-    recorded, given = str(study["tracking_uri"]), os.environ.get("MLFLOW_TRACKING_URI", "")
+    recorded, given = str(study["tracking_uri"]), anchored(os.environ.get("MLFLOW_TRACKING_URI", ""))
     if redacted(given) == recorded:
         return given
     if study.get("tracking_secret"):

@@ -7,18 +7,19 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from search import devices, wiring
+from search import devices, jobs
 from search.driver import Silent, Watcher
 from search.errors import SpaceError
 from search.executors import NO_GPU, Job
 from search.problem import find
 from search.samplers import get_sampler
+from search.space import Ask, Space
 from search.study import StudyConfig, make_workspace, workspace_folder
-from search.trial import seed_for
+from search.trial import Value, seed_for
 
 
 def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict[str, Any]:
@@ -32,7 +33,6 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
     Raises:
         RequestError: As ``launch`` would.
     """
-    from search.space import Space
 
     began = time.monotonic()
     config = StudyConfig(space=space, **options)
@@ -43,18 +43,18 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
     workspace = workspace_folder(config.workspace)
     make_workspace(workspace)
     with tempfile.TemporaryDirectory(prefix="heldout-check-") as scratch:
-        with wiring.start_executor(slots, problem, Path(scratch), config.start_method) as executor:
+        with jobs.start_executor(slots, problem, Path(scratch), config.start_method) as executor:
             # Not to the watcher: the answer has the warnings, in its manifest.
-            prepared = wiring.prepare(executor, problem, workspace, config.split_seed, Silent())
-            asked = {"problem": problem.to_json(), "seconds": wiring.DISCOVERY_SECONDS}
-            found = wiring.call(executor, Job("discover", "discover", asked, env=NO_GPU), watcher)
-            payload = wiring.base_payload(prepared, Path(scratch)) | {
+            prepared = jobs.prepare(executor, problem, workspace, Path(scratch), config.split_seed, Silent())
+            asked = {"problem": problem.to_json(), "seconds": jobs.DISCOVERY_SECONDS}
+            found = jobs.call(executor, Job("discover", "discover", asked, env=NO_GPU), watcher)
+            payload = jobs.base_payload(prepared, Path(scratch)) | {
                 "epochs": config.epochs,
                 "seed": 0,
                 "default": True,
             }
             ready = time.monotonic()
-            seen = wiring.call(executor, Job("check", "check", payload), watcher, slot=executor.slots[0])
+            seen = jobs.call(executor, Job("check", "check", payload), watcher, slot=executor.slots[0])
             trial = time.monotonic() - ready  # a process, a model, preflight in place of prediction, two epochs
     discovered = Space.from_json(found["space"])
     epochs = config.epochs or discovered.defaults().get("epochs") or prepared["epochs"] or 30
@@ -95,36 +95,50 @@ def try_params(
     """
     from search import worker
     from search.judge import RowJudge
-    from search.space import Space
 
     StudyConfig(space=space, epochs=epochs, seed=seed)  # checks them
     problem = find(space)
     sys.path.append(os.getcwd())  # as in a trial's process
     with contextlib.suppress(RuntimeError):  # too late in a notebook that has used TensorFlow before
-        devices.apply(wiring.one_slot()[0].to_json())
+        devices.apply(jobs.one_slot()[0].to_json())
     with tempfile.TemporaryDirectory(prefix="heldout-try-") as scratch:
-        prepared = wiring.completed(worker.load(wiring.load_payload(problem, Path(scratch), 0), _unheard), problem)
-        payload = wiring.base_payload(prepared, Path(scratch)) | {"epochs": epochs, "seed": seed_for(seed, 0)}
+        asked = jobs.load_payload(problem, Path(scratch), Path(scratch), 0)
+        prepared = jobs.completed(worker.load(asked, _unheard), problem)
+        payload = jobs.base_payload(prepared, Path(scratch)) | {"epochs": epochs, "seed": seed_for(seed, 0)}
         payload |= {"named": dict(params), "default": True}
-        result = worker.trial(payload, lambda body: _say_epoch(body, say))
-        known = Space.empty().grown(result["asks"])
-        asked = known.params_of(result["asks"])
-        for name, value in params.items():
-            if name not in asked:
-                raise SpaceError(f"{space} does not ask for {name!r} with these values; it asks for {', '.join(asked)}")
-            if asked[name] != value:
-                raise SpaceError(f"{name} must be in {known.parameters[name].domain}, but got {value!r}")
+
+        def heard(body: dict[str, Any]) -> None:
+            if body["type"] == "asks":  # a wrong value is said before it is trained without
+                _checked(params, body["asks"])
+            elif body["type"] == "report" and say is not None:
+                metrics = ", ".join(f"{name} {value:.4g}" for name, value in body["metrics"].items())
+                say(f"epoch {body['step']}: {metrics}")
+
+        result = worker.trial(payload, heard)
+        known = _checked(params, result["asks"])
+        for name in params:
+            if name not in known:
+                raise SpaceError(f"{space} does not ask for {name!r} with these values; it asks for {', '.join(known)}")
         judge = RowJudge(Path(prepared["rows"]), Path(prepared["sealed"]), prepared["objective"], problem.to_json())
         verdict = judge.judge(result)
         if isinstance(verdict, dict):
             verdict = judge.settle(worker.score(verdict, _unheard))
-    return {"params": dict(asked), "score": verdict.score} | {k: result[k] for k in ("epochs", "best_epoch", "size")}
+    return {"params": known, "score": verdict.score} | {k: result[k] for k in ("epochs", "best_epoch", "size")}
 
 
 def _unheard(_: dict[str, Any]) -> None:
     """These jobs send nothing but their result."""
 
 
-def _say_epoch(body: dict[str, Any], say: Callable[[str], None] | None) -> None:
-    if say is not None and body["type"] == "report":
-        say(f"epoch {body['step']}: " + ", ".join(f"{name} {value:.4g}" for name, value in body["metrics"].items()))
+def _checked(params: Mapping[str, Any], asks: Sequence[Ask]) -> dict[str, Value]:
+    """What was asked for, if every given value was installed.
+
+    Raises:
+        SpaceError: If a value is outside its domain, so that another stood in for it.
+    """
+    known = Space.empty().grown(asks)
+    asked = known.params_of(asks)
+    for name, value in params.items():
+        if name in asked and asked[name] != value:
+            raise SpaceError(f"{name} must be in {known.parameters[name].domain}, but got {value!r}")
+    return asked

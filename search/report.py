@@ -7,8 +7,9 @@ from typing import Any
 
 from search import publishing
 from search.domain import Domain
+from search.errors import StudyError
 from search.study import Study
-from search.trial import Report, Trial, TrialState, best
+from search.trial import Trial, TrialState, best
 
 
 def report(study: Study) -> dict[str, Any]:
@@ -168,17 +169,54 @@ def _domain(raw: dict[str, Any]) -> str:
     return f"{known}, default {known.default}"
 
 
-def trial_lines(trial: Trial, reports: Sequence[Report], printed: str) -> list[str]:
+def status(study: Study) -> dict[str, Any]:
+    """The report, with ``planned`` trials and the numbers of those ``running``."""
+    planned = study.meta("study", {"config": {"trials": None}})["config"]["trials"]
+    running = [trial.number for trial in study.trials if not trial.state.is_finished]
+    return report(study) | {"planned": planned, "running": running}
+
+
+def status_line(found: dict[str, Any]) -> str:
+    """How far a study is, in one line."""
+    best_, failed, done = found["best"], found["trials"]["failed"], sum(found["trials"].values())
+    parts = [f"{found['study']}: {found['state'].lower()}, {done} of {found['planned']} trials"]
+    parts += [f", {failed} failed"] if failed else []
+    if found["running"] and found["state"] == "RUNNING":
+        parts.append(f", running {', '.join(map(str, found['running']))}")
+    shown = "none yet" if best_ is None else f"{number(best_['validation'])} (trial {best_['trial']})"
+    return "".join(parts) + f"; best {found['objective']} {shown}"
+
+
+def show(study: Study, number: int) -> dict[str, Any]:
+    """One trial with its ``reports`` (epoch by epoch) and its ``log`` (what it printed, tracebacks included).
+
+    Raises:
+        StudyError: If the study has no such trial.
+    """
+    trial = {t.number: t for t in study.trials}.get(number)
+    if trial is None:
+        raise StudyError(f"study {study.name!r} has no trial {number}; it has {len(study.trials)}, from 0")
+    with study.journal() as journal:
+        reports = journal.reports(trial=number)
+    log = study.folder / "trials" / f"{number:04d}" / "log.txt"
+    return trial.to_json() | {
+        "reports": [{"attempt": r.attempt, "step": r.step, "metrics": dict(r.metrics)} for r in reports],
+        "log": log.read_text(errors="replace") if log.exists() else "",
+    }
+
+
+def trial_lines(found: dict[str, Any]) -> list[str]:
     """One trial in plain words: what it was, its epochs, and its output."""
-    score = "" if trial.score is None else f", validation score {trial.score:.6g}"
-    out = [f"trial {trial.number}: {trial.state}{score}, seed {trial.seed}, attempt {trial.attempt}"]
-    if trial.reason:
-        out.append(f"{trial.reason}: {trial.message}")
-    out += [f"    {key} = {value}" for key, value in trial.params.items()]
-    for one in reports:
-        metrics = ", ".join(f"{name} {value:.4g}" for name, value in one.metrics.items())
-        out.append(f"epoch {one.step}: {metrics}")
-    return [*out, "it printed:", printed.rstrip()] if printed.strip() else out
+    score = "" if found["score"] is None else f", validation score {found['score']:.6g}"
+    out = [f"trial {found['number']}: {found['state']}{score}, seed {found['seed']}, attempt {found['attempt']}"]
+    if found["reason"]:
+        out.append(f"{found['reason']}: {found['message']}")
+    out += [f"    {key} = {value}" for key, value in found["params"].items()]
+    for one in found["reports"]:
+        if one["attempt"] == found["attempt"]:
+            metrics = ", ".join(f"{name} {value:.4g}" for name, value in one["metrics"].items())
+            out.append(f"epoch {one['step']}: {metrics}")
+    return [*out, "it printed:", found["log"].rstrip()] if found["log"].strip() else out
 
 
 def _interval(pair: list[float]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -211,10 +212,16 @@ def locked_for_reading(folder: Path) -> Iterator[None]:
         yield
 
 
-def names(workspace: Path) -> list[str]:
-    """Names of the workspace's studies, the newest last."""
-    found = [path.parent for path in (workspace / "studies").glob("*/journal.sqlite")]
-    return [folder.name for folder in sorted(found, key=lambda folder: (folder.stat().st_ctime, folder.name))]
+def names(workspace: str | os.PathLike[str] | None = None) -> list[str]:
+    """Names of the workspace's studies, the newest last; for the workspace see ``workspace_folder``."""
+    found = [path.parent for path in (workspace_folder(workspace) / "studies").glob("*/journal.sqlite")]
+    return [folder.name for folder in sorted(found, key=lambda folder: (_began(folder), folder.name))]
+
+
+def _began(folder: Path) -> float:
+    """When the study was launched: its folder's own times change with every file."""
+    with Journal.open(folder / "journal.sqlite", read_only=True) as journal:
+        return journal.put_at("study") or math.inf
 
 
 class Study:
@@ -316,6 +323,18 @@ class Study:
         from search.report import report
 
         return report(self)
+
+    def status(self) -> dict[str, Any]:
+        """The report, with ``planned`` trials and the numbers of those ``running``."""
+        from search.report import status
+
+        return status(self)
+
+    def show(self, number: int) -> dict[str, Any]:
+        """One trial with its ``reports`` (epoch by epoch) and its ``log`` (all that it printed)."""
+        from search.report import show
+
+        return show(self, number)
 
     def export(self, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
         """Write the best model, or ``trial=N``, to a folder; see ``search.export``."""

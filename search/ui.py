@@ -13,12 +13,12 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from search.errors import RequestError
 from search.publishing import MLFLOW_ENVIRONMENT, default_uri
+from search.study import workspace_folder
 
 HOST = "127.0.0.1"
 _READY_SECONDS = 120.0
@@ -59,26 +59,28 @@ class Server:
         self.close()
 
 
-def serve(workspace: Path, port: int) -> Server:
+def serve(workspace: str | os.PathLike[str] | None = None, port: int = 5000) -> Server:
     """Starts MLflow's server on a workspace's own store, and returns when it answers.
 
     It stops with us: on ``close``, on Ctrl-C, which the caller gets, and (on Linux) when we are killed.
 
     Args:
+        workspace: See ``study.workspace_folder``.
         port: On the loopback interface; nobody else can reach it.
 
     Raises:
         RequestError: If the workspace has no runs, the port is taken, or the server cannot start.
     """
-    if not (workspace / "mlflow.db").is_file():
+    folder = workspace_folder(workspace)
+    if not (folder / "mlflow.db").is_file():
         raise RequestError(
-            f"a workspace must have runs to show, but {workspace} has none; start with `heldout launch "
+            f"a workspace must have runs to show, but {folder} has none; start with `heldout launch "
             "SPACE`, or choose another --workspace"
         )
     _check_free(port)
-    root = (workspace / "artifacts").absolute()
+    root = (folder / "artifacts").absolute()
     command = [sys.executable, "-P", "-m", "mlflow", "server", "--workers", "1"]
-    command += ["--host", HOST, "--port", str(port), "--backend-store-uri", default_uri(workspace)]
+    command += ["--host", HOST, "--port", str(port), "--backend-store-uri", default_uri(folder)]
     command += ["--default-artifact-root", root.as_uri(), "--artifacts-destination", root.as_uri()]
     environment = {
         **os.environ,

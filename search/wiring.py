@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import getpass
 import os
 import uuid
 from pathlib import Path
 from typing import Any
 
-from search import devices, publishing
-from search import errors as error_classes
+from search import devices, jobs, publishing
 from search.driver import Driver, Silent, Watcher
-from search.errors import ExecutorError, RequestError, SpaceError, StudyError, TrialFailed
-from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot, Warned
+from search.errors import ExecutorError, RequestError, StudyError, TrialFailed
 from search.executors.local import LocalExecutor, start_method
 from search.journal import Journal
 from search.problem import Problem, find
 from search.samplers import get_sampler
 from search.study import Study, StudyConfig, locked, make_workspace, release, reserve, workspace_folder
 from search.trial import Trial
-
-DISCOVERY_SECONDS = 20.0
-_BEHIND = "MLflow has not caught up yet; `heldout resume` or `evaluate` lets it, and the journal has everything"
 
 
 def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Study:
@@ -44,21 +38,22 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     start_method(config.start_method)
     slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
     workspace = workspace_folder(config.workspace)
-    uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or publishing.default_uri(workspace)
+    asked = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    uri = publishing.anchored(asked) if asked else publishing.default_uri(workspace)
     make_workspace(workspace)
     publishing.check_uri(uri)
     folder = reserve(workspace, config.study, problem.name)
     began = False
     try:
-        with locked(folder), start_executor(slots, problem, folder, config.start_method) as executor:
+        with locked(folder), jobs.start_executor(slots, problem, folder, config.start_method) as executor:
             watcher.say("loading the rows and building the default model")
             journal = Journal.create(folder / "journal.sqlite", {})
             try:
                 with publishing.start(folder, uri) as tracker:
-                    prepared = prepare(executor, problem, workspace, config.split_seed, watcher)
+                    prepared = jobs.prepare(executor, problem, workspace, folder, config.split_seed, watcher)
                     journal.put("prepared", prepared)
                     journal.put("study", _study_meta(folder.name, config, problem, prepared, uri, workspace))
-                    discovery = {"problem": problem.to_json(), "seconds": DISCOVERY_SECONDS}
+                    discovery = {"problem": problem.to_json(), "seconds": jobs.DISCOVERY_SECONDS}
 
                     def begin(preflight: dict[str, Any]) -> None:
                         nonlocal began
@@ -104,118 +99,18 @@ def resume(study: str, *, workspace: str | None = None, watcher: Watcher | None 
     slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
     uri = publishing.uri_of(meta)
     publishing.check_uri(uri)
-    with locked(found.folder), start_executor(slots, problem, found.folder, config.start_method) as executor:
+    with locked(found.folder), jobs.start_executor(slots, problem, found.folder, config.start_method) as executor:
         journal = Journal.open(found.folder / "journal.sqlite")
         try:
             journal.put("state", "RUNNING")
             discovery = None
             if not any(event.kind == "space" for event in journal.events()):
-                discovery = {"problem": problem.to_json(), "seconds": DISCOVERY_SECONDS}
+                discovery = {"problem": problem.to_json(), "seconds": jobs.DISCOVERY_SECONDS}
             with publishing.start(found.folder, uri) as tracker:
                 _drive(found.folder, journal, executor, watcher, tracker, discovery, lambda _: None)
         finally:
             journal.close()
     return Study(found.name, found.workspace)
-
-
-# ── the parts ────────────────────────────────────────────────────────────────────────────────────
-
-
-def start_executor(slots: tuple[Slot, ...], problem: Problem, folder: Path, start_method: str | None) -> LocalExecutor:
-    """The local executor for one space, its template starting in the background."""
-    executor = LocalExecutor(
-        slots,
-        start_method=start_method,
-        preload=["search.training", "search.worker", "search.preflight", *problem.imports()],
-        path=[str(Path(problem.path).parent), os.getcwd()],
-        log=folder / "template.log",
-        template_threads=slots[0].threads,
-    )
-    executor.start()
-    return executor
-
-
-def one_slot() -> tuple[Slot, ...]:
-    """A single CPU slot with all threads, for evaluation and export."""
-    return devices.slots(1, "none", None, None)
-
-
-def publish(folder: Path, journal: Journal, watcher: Watcher) -> None:
-    """Let MLflow catch up with what was put in the journal after the study's end."""
-    with publishing.start(folder, publishing.uri_of(journal.get("study"))) as tracker:
-        if not tracker.finish():
-            watcher.say(_BEHIND)
-
-
-def call(executor: Executor, job: Job, watcher: Watcher, slot: Slot | None = None) -> dict[str, Any]:
-    """Run one job that is not a trial and return its result.
-
-    Raises:
-        RequestError: The job's own, by its class, or SpaceError if its process died.
-    """
-    executor.submit(job, slot)
-    result: dict[str, Any] | None = None
-    lost = 0
-    while True:
-        for event in executor.poll(0.25):
-            if isinstance(event, Warned):
-                watcher.say(event.text)
-            elif event.job != job.id:
-                continue
-            elif isinstance(event, Message) and event.body["type"] == "failed":
-                kind = getattr(error_classes, event.body.get("error") or "", SpaceError)
-                raise kind(event.body["message"])
-            elif isinstance(event, Message) and event.body["type"] == "result":
-                result = event.body
-            elif isinstance(event, Lost) and result is None and (lost := lost + 1) < 3:
-                job = dataclasses.replace(job, id=f"{job.id}-again")
-                executor.submit(job, slot)
-            elif isinstance(event, Exited | Lost):
-                if result is None:
-                    how = f"signal {event.signal}" if isinstance(event, Exited) and event.signal else "no answer"
-                    raise SpaceError(f"the process for `{job.kind}` ended with {how}; it may have run out of memory")
-                return result
-        watcher.tick()
-
-
-def prepare(executor: Executor, problem: Problem, workspace: Path, split_seed: int, watcher: Watcher) -> dict[str, Any]:
-    """Load, split, seal and store the rows in a process of their own."""
-    asked = load_payload(problem, workspace, split_seed)
-    loaded = call(executor, Job("load", "load", asked, env=NO_GPU), watcher)
-    prepared = completed(loaded, problem)
-    for warning in prepared["manifest"]["warnings"]:
-        watcher.say(warning)
-    return prepared
-
-
-def load_payload(problem: Problem, workspace: Path, split_seed: int) -> dict[str, Any]:
-    return {"problem": problem.to_json(), "workspace": str(workspace), "split_seed": split_seed}
-
-
-def completed(loaded: dict[str, Any], problem: Problem) -> dict[str, Any]:
-    from search import scoring
-
-    direction = scoring.direction_for(loaded["objective"], loaded["direction"])
-    return {k: v for k, v in loaded.items() if k != "type"} | {"problem": problem.to_json(), "direction": direction}
-
-
-def base_payload(prepared: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What every job that builds a model is handed; nothing in it leads to a sealed label."""
-    return {
-        "problem": prepared["problem"],
-        "rows": prepared["rows"],
-        "preprocess": prepared["preprocess"],
-        "objective": prepared["objective"],
-        "direction": prepared["direction"],
-        "budget": _budget(),
-        "folder": str(folder),
-    }
-
-
-def _budget() -> int:
-    """Bytes of rows that one slot may copy: an eighth of the machine's memory, shared by its cores."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(memory // 8 // (os.cpu_count() or 1))
 
 
 def _user() -> str | None:
@@ -263,7 +158,7 @@ def _drive(
     def payload(trial: Trial, proposal: dict[str, Any] | None) -> dict[str, Any]:
         place = folder / "trials" / f"{trial.number:04d}"
         place.mkdir(parents=True, exist_ok=True)
-        return base_payload(prepared, place) | {
+        return jobs.base_payload(prepared, place) | {
             "epochs": config.epochs,
             "seed": trial.seed,
             "proposal": proposal,
@@ -289,7 +184,7 @@ def _drive(
         )
         journal.put("ended", driver.run())
         if config.evaluate != "no":
-            from search import evaluation
+            from search import evaluation  # its statistics take a while to import, and nothing before it needs them
 
             try:
                 evaluation.open_test(folder, journal, executor, watcher, again=config.evaluate == "yes")
@@ -305,4 +200,4 @@ def _drive(
         if journal.get("state") is not None:
             journal.put("state", state)
             if not tracker.finish():
-                watcher.say(_BEHIND)
+                watcher.say(jobs.BEHIND)

@@ -67,7 +67,7 @@ def load(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Job
     rows = workspace / "rows" / manifest["digest"]
     preprocess = None
     if module.preprocess is not None:
-        preprocess = str(rows / f"preprocess-{module.problem.digest[:16]}.keras")
+        preprocess = str(Path(payload["folder"]) / "preprocess.keras")
         _fit_preprocess(module, data.OpenRows(rows), Path(preprocess), manifest["has_nan"] and not module.allow_nan)
     return {
         "manifest": manifest,

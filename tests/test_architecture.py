@@ -29,9 +29,9 @@ LAYERS = (
     {"samplers", "executors", "tracking", "registry", "training"},
     {"custom_metric", "preflight", "driver", "study", "devices"},
     {"judge", "worker"},
-    {"wiring"},
-    {"rehearsal"},
+    {"jobs"},
     {"evaluation"},
+    {"wiring", "rehearsal"},
     {"report"},
     {"export"},
     {"view", "ui"},
@@ -46,13 +46,12 @@ UPWARD_WHEN_CALLED = {
     ("study", "report"),
     ("study", "export"),
     ("study", "evaluation"),
-    ("wiring", "evaluation"),
 }
 
 # Loaded by the driver's process and by the template before it forks.
 STDLIB_ONLY = {
     *("errors", "trial", "space", "domain", "traces", "history", "journal", "journal_file", "driver"),
-    *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring"),
+    *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
 }
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.

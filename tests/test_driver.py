@@ -12,11 +12,11 @@ from search.driver import MOST_FAILURES_IN_A_ROW, Driver, Silent, Verdict, propo
 from search.errors import SpaceError, StudyFailed, TrialFailed
 from search.executors import Exited, Job, Lost, Message, Slot
 from search.executors.inline import InlineExecutor
+from search.jobs import call
 from search.journal import Journal
 from search.samplers import get_sampler
 from search.space import Domain, Parameter, Space
 from search.trial import Trial, TrialState, seed_for
-from search.wiring import call
 
 RATE = Parameter("rate", "rate", (), Domain("float", 1e-4, 1.0, sampling="log", default=0.1))
 UNITS = Parameter("units", "units", (), Domain("int", 1, 9, 1, default=4))

@@ -1,0 +1,122 @@
+"""Jobs around the trials: starting the executor for a space, running one job to its result, and their payloads."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from search import devices, publishing
+from search import errors as error_classes
+from search.driver import Watcher
+from search.errors import SpaceError
+from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot, Warned
+from search.executors.local import LocalExecutor
+from search.journal import Journal
+from search.problem import Problem
+
+DISCOVERY_SECONDS = 20.0
+BEHIND = "MLflow has not caught up yet; `heldout resume` or `evaluate` lets it, and the journal has everything"
+
+
+def start_executor(slots: tuple[Slot, ...], problem: Problem, folder: Path, start_method: str | None) -> LocalExecutor:
+    """The local executor for one space, its template starting in the background."""
+    executor = LocalExecutor(
+        slots,
+        start_method=start_method,
+        preload=["search.training", "search.worker", "search.preflight", *problem.imports()],
+        path=[str(Path(problem.path).parent), os.getcwd()],
+        log=folder / "template.log",
+        template_threads=slots[0].threads,
+    )
+    executor.start()
+    return executor
+
+
+def one_slot() -> tuple[Slot, ...]:
+    """A single CPU slot with all threads, for evaluation and export."""
+    return devices.slots(1, "none", None, None)
+
+
+def publish(folder: Path, journal: Journal, watcher: Watcher) -> None:
+    """Let MLflow catch up with what was put in the journal after the study's end."""
+    with publishing.start(folder, publishing.uri_of(journal.get("study"))) as tracker:
+        if not tracker.finish():
+            watcher.say(BEHIND)
+
+
+def call(executor: Executor, job: Job, watcher: Watcher, slot: Slot | None = None) -> dict[str, Any]:
+    """Run one job that is not a trial and return its result.
+
+    Raises:
+        RequestError: The job's own, by its class, or SpaceError if its process died.
+    """
+    executor.submit(job, slot)
+    result: dict[str, Any] | None = None
+    lost = 0
+    while True:
+        for event in executor.poll(0.25):
+            if isinstance(event, Warned):
+                watcher.say(event.text)
+            elif event.job != job.id:
+                continue
+            elif isinstance(event, Message) and event.body["type"] == "failed":
+                kind = getattr(error_classes, event.body.get("error") or "", SpaceError)
+                raise kind(event.body["message"])
+            elif isinstance(event, Message) and event.body["type"] == "result":
+                result = event.body
+            elif isinstance(event, Lost) and result is None and (lost := lost + 1) < 3:
+                job = dataclasses.replace(job, id=f"{job.id}-again")
+                executor.submit(job, slot)
+            elif isinstance(event, Exited | Lost):
+                if result is None:
+                    how = f"signal {event.signal}" if isinstance(event, Exited) and event.signal else "no answer"
+                    raise SpaceError(f"the process for `{job.kind}` ended with {how}; it may have run out of memory")
+                return result
+        watcher.tick()
+
+
+def prepare(
+    executor: Executor, problem: Problem, workspace: Path, folder: Path, split_seed: int, watcher: Watcher
+) -> dict[str, Any]:
+    """Load, split, seal and store the rows in a process of their own; see ``load_payload`` for the folders."""
+    asked = load_payload(problem, workspace, folder, split_seed)
+    loaded = call(executor, Job("load", "load", asked, env=NO_GPU), watcher)
+    prepared = completed(loaded, problem)
+    for warning in prepared["manifest"]["warnings"]:
+        watcher.say(warning)
+    return prepared
+
+
+def load_payload(problem: Problem, workspace: Path, folder: Path, split_seed: int) -> dict[str, Any]:
+    """Of the ``load`` job: rows go into the workspace, where studies share them, preprocessing into ``folder``."""
+    where = {"workspace": str(workspace), "folder": str(folder)}
+    return where | {"problem": problem.to_json(), "split_seed": split_seed}
+
+
+def completed(loaded: dict[str, Any], problem: Problem) -> dict[str, Any]:
+    """What later jobs need to know of the loaded rows and the module's settings."""
+    from search import scoring
+
+    direction = scoring.direction_for(loaded["objective"], loaded["direction"])
+    return {k: v for k, v in loaded.items() if k != "type"} | {"problem": problem.to_json(), "direction": direction}
+
+
+def base_payload(prepared: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What every job that builds a model is handed; nothing in it leads to a sealed label."""
+    return {
+        "problem": prepared["problem"],
+        "rows": prepared["rows"],
+        "preprocess": prepared["preprocess"],
+        "objective": prepared["objective"],
+        "direction": prepared["direction"],
+        "budget": _budget(),
+        "folder": str(folder),
+    }
+
+
+def _budget() -> int:
+    """Bytes of rows that one slot may copy: an eighth of the machine's memory, shared by its cores."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(memory // 8 // (os.cpu_count() or 1))
