@@ -260,7 +260,7 @@ def test_check_says_what_would_be_searched_and_starts_nothing(tmp_path: Path, he
     space = write_space(tmp_path)
     ran = heldout("check", space, "--trials", "10", "--workspace", str(tmp_path / "ws"))
     assert ran.returncode == 0, ran.stderr
-    assert "units_1: int 2 to 16" in ran.stdout and "layers: int 1 to 2" in ran.stdout
+    assert "units_1: int 2..16" in ran.stdout and "layers: int 1..2" in ran.stdout
     assert "guard" in ran.stdout and "10 trials" in ran.stdout
     assert list((tmp_path / "ws" / "studies").iterdir()) == []
 

@@ -155,7 +155,6 @@ class TestPublished:
         assert (
             parent.data.metrics.items()
             >= {
-                "val_accuracy": 0.9,
                 "score": 0.9,
                 "test.winner.score": 0.88,
                 "test.winner.interval_low": 0.85,
