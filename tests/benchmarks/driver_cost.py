@@ -28,7 +28,7 @@ from search.space import Parameter, Space
 from search.trial import Trial, TrialState
 
 EPOCHS = 10
-SETTLED = 20  # trials after which caches are filled; growth counts from there
+SETTLED = 40  # trials: after twenty have finished, TPE imports Hyperopt, which is no growth
 SPACE = tuple(
     Parameter(name, name, (), domain)
     for name, domain in {
@@ -134,7 +134,7 @@ def idle_trials(name: str, trials: int, seed: int, folder: Path) -> tuple[list[f
                 sampler=sampler,
                 executor=InlineExecutor(nothing),
                 judge=Opinion(),
-                payload=lambda trial, slot, proposal: {"proposal": proposal or {}, "trial": trial.number},
+                payload=lambda trial, proposal: {"proposal": proposal or {}, "trial": trial.number},
                 discovery={},
                 on_preflight=lambda findings: None,
                 watcher=times,
