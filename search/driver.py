@@ -250,7 +250,9 @@ class Driver:
                 self._reported(running, event.body)
             elif kind == "asks":
                 running.asks = event.body["asks"]
-                self._journal.grow(running.asks, running.trial.number, complete=False)
+                grown = self._journal.grow(running.asks, running.trial.number, complete=False)
+                if self._space is not None:
+                    self._space = grown  # proposals see what the journal says, or they could not be made again
             elif kind == "preflight":
                 self._checked, self._found = True, event.body
                 self._begin()

@@ -144,6 +144,44 @@ def test_every_proposal_can_be_made_again_from_the_history_it_saw(journal: Journ
         assert again is not None and dict(again.params) == dict(trial.params)
 
 
+def test_proposals_made_while_a_trial_brings_news_of_the_space_can_be_made_again(journal: Journal) -> None:
+    class Chatty(InlineExecutor):
+        """Hands out what a trial asks for at once, and its end only a poll later, as a process would."""
+
+        kept: list[Any] = []
+
+        def poll(self, timeout: float) -> list[Any]:
+            said, self.kept = self.kept, []
+            for event in super().poll(timeout):
+                early = isinstance(event, Message) and event.body["type"] in ("asks", "preflight")
+                (said if early or event.job.startswith("discover") else self.kept).append(event)
+            return said
+
+    def body(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+        if job["kind"] == "discover":
+            asks = asks_for(None, RATE)
+            send({"type": "result", "space": Space.empty().grown(asks, complete=False).to_json(), "complete": True})
+            return
+        proposal = job["payload"]["proposal"]
+        high = asks_for(proposal, RATE)[0]["value"] > 0.01
+        asks = asks_for(proposal, RATE, *((LATE, UNITS) if high else ()))
+        send({"type": "asks", "asks": asks})
+        if job["payload"]["number"] == 0:
+            send({"type": "preflight", "asks": asks})
+        send(result(asks, asks[0]["value"]))
+
+    sampler = get_sampler("random")
+    driver(journal, body, trials=25, executor=Chatty(body, [Slot(n, 1) for n in range(3)])).run()
+    for trial in journal.history()[1:]:
+        history, space = journal.history(trial.history_length), journal.space(trial.history_length)
+        again = proposal_for(sampler, history, space, 7, trial.number)
+        # By now the trial has said what it asked for; of what was proposed, nothing may have changed.
+        assert again is not None
+        assert {key: again.params.get(key) for key in trial.params if key in again.params} == {
+            key: value for key, value in trial.params.items() if key in again.params
+        }
+
+
 def test_an_exhausted_space_ends_the_study_and_says_so(journal: Journal) -> None:
     class Listening(Silent):
         heard: list[str] = []
