@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from search import errors
-from search.errors import RequestError, SpaceError, StudyFailed, TrialFailed
+from search.errors import SpaceError, StudyFailed, TrialFailed, request_error
 from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot, Warned
 from search.journal import Journal
 from search.samplers import Proposal, Sampler, propose
@@ -234,7 +233,7 @@ class Driver:
                     "discovery reached its time limit; parameters found later join the search as trials ask for them"
                 )
         elif isinstance(event, Message) and event.body["type"] == "failed":
-            raise _request_error(event.body)
+            raise request_error(event.body.get("error"), event.body["message"])
         elif isinstance(event, Lost) and self._space is None and self._discoveries < _MOST_ATTEMPTS_AFTER_LOSS:
             self._discover()
         elif isinstance(event, Exited | Lost) and self._space is None:
@@ -260,7 +259,7 @@ class Driver:
                 running.result, running.asks = event.body, event.body["asks"]
             elif kind == "failed":
                 if not self._checked and running.trial.number == 0:
-                    raise _request_error(event.body)
+                    raise request_error(event.body.get("error"), event.body["message"])
                 running.failure = TrialFailed(event.body["reason"], event.body["message"])
         elif isinstance(event, Lost):
             self._lost(running, event.job)
@@ -405,8 +404,3 @@ def proposal_for(
 ) -> Proposal | None:
     """The proposal for trial ``number`` after ``history``; a pure function, so that any proposal can be made again."""
     return propose(sampler, history, space, seed_for(study_seed, number, "proposal"))
-
-
-def _request_error(body: dict[str, Any]) -> RequestError:
-    kind = getattr(errors, body.get("error") or "", SpaceError)
-    return kind(body["message"]) if issubclass(kind, RequestError) else SpaceError(body["message"])

@@ -60,3 +60,11 @@ class TrialFailed(HeldoutError):
         super().__init__(message)
         self.reason = reason
         self.message = message
+
+
+def request_error(name: str | None, message: str) -> RequestError:
+    """The error that a job's ``failed`` message names; a SpaceError if it names none of ours."""
+    kind = globals().get(name or "")
+    if isinstance(kind, type) and issubclass(kind, RequestError):
+        return kind(message)
+    return SpaceError(message)

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from search import devices, publishing
-from search import errors as error_classes
 from search.driver import Watcher
-from search.errors import SpaceError
+from search.errors import SpaceError, request_error
 from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot, Warned
 from search.executors.local import LocalExecutor
 from search.journal import Journal
@@ -62,8 +61,7 @@ def call(executor: Executor, job: Job, watcher: Watcher, slot: Slot | None = Non
             elif event.job != job.id:
                 continue
             elif isinstance(event, Message) and event.body["type"] == "failed":
-                kind = getattr(error_classes, event.body.get("error") or "", SpaceError)
-                raise kind(event.body["message"])
+                raise request_error(event.body.get("error"), event.body["message"])
             elif isinstance(event, Message) and event.body["type"] == "result":
                 result = event.body
             elif isinstance(event, Lost) and result is None and (lost := lost + 1) < 3:

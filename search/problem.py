@@ -21,6 +21,7 @@ from search.errors import HeldoutError, SpaceError, TrialFailed
 
 _CHECKOUT_SPACES = Path(__file__).resolve().parent.parent / "spaces"
 _SHIPPED_SPACES = Path(__file__).resolve().parent / "shipped"
+DEFAULT_EPOCHS = 30  # of a trial whose module and parameters do not say
 _OWN_PACKAGES = {"search", "heldout"}
 
 

@@ -15,7 +15,7 @@ from search import devices, jobs
 from search.driver import Silent, Watcher
 from search.errors import SpaceError
 from search.executors import NO_GPU, Job
-from search.problem import find
+from search.problem import DEFAULT_EPOCHS, find
 from search.samplers import get_sampler
 from search.space import Ask, Space
 from search.study import StudyConfig, make_workspace, workspace_folder
@@ -57,7 +57,7 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
             seen = jobs.call(executor, Job("check", "check", payload), watcher, slot=executor.slots[0])
             trial = time.monotonic() - ready  # a process, a model, preflight in place of prediction, two epochs
     discovered = Space.from_json(found["space"])
-    epochs = config.epochs or discovered.defaults().get("epochs") or prepared["epochs"] or 30
+    epochs = config.epochs or discovered.defaults().get("epochs") or prepared["epochs"] or DEFAULT_EPOCHS
     seconds = trial + (int(epochs) - 2) * seen["epoch_seconds"]
     return {
         "name": problem.name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -187,29 +186,17 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def is_driven(folder: Path) -> bool:
-    """Whether a living process drives the study."""
-    try:
-        with locked_for_reading(folder):
-            return False
-    except StudyError:
-        return True
-
-
-@contextlib.contextmanager
-def locked_for_reading(folder: Path) -> Iterator[None]:
-    """Fail with StudyError while a driver holds the study; leaves the lock file's text alone."""
+    """Whether a living process drives the study; leaves the lock file's text alone."""
     import fcntl
 
-    path = folder / "lock"
-    if not path.exists():
-        yield
-        return
-    with path.open() as file:
-        try:
+    try:
+        with (folder / "lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            raise StudyError(f"study {folder.name!r} is being driven") from None
-        yield
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def names(workspace: str | os.PathLike[str] | None = None) -> list[str]:
@@ -347,11 +334,3 @@ class Study:
         from search.evaluation import evaluate
 
         return evaluate(self, **options)
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the study's folder, empty if it is not there."""
-        try:
-            found: dict[str, Any] = json.loads((self.folder / name).read_text())
-        except FileNotFoundError:
-            found = {}
-        return found

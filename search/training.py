@@ -17,11 +17,10 @@ from search.data import OpenRows
 from search.declaration import ends
 from search.errors import SpaceError, TrialFailed
 from search.feeding import batches, joined, targets
-from search.problem import SpaceModule, first_line
+from search.problem import DEFAULT_EPOCHS, SpaceModule, first_line
 from search.scoring import in_order
 from search.tracing import TracingHyperParameters
 
-DEFAULT_EPOCHS = 30
 DEFAULT_BATCH = 32
 _MOST_STEPS_AT_ONCE = 1000
 _EAGER_BATCHES = 4

@@ -168,6 +168,15 @@ class _Trial:
         )
         self.model = training.build(self.module, self.hp)
 
+    def fit(self, epochs: int | None, send: Callable[[dict[str, Any]], None]) -> Any:
+        """Train the model; see ``training.fit``."""
+        from search import training
+
+        known = {name: self.payload[name] for name in ("objective", "direction", "budget", "seed")}
+        return training.fit(
+            self.module, self.model, self.hp, self.rows, self.preprocess, epochs=epochs, send=send, **known
+        )
+
     def described(self) -> dict[str, Any]:
         """What the driver and the scorer need to know of the model."""
         from search import declaration
@@ -189,19 +198,7 @@ def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
         reporting = _telling(running.hp, payload.get("proposal") or {}, send)
         if payload.get("preflight"):
             send({"type": "preflight", **preflight.run(running), **running.described()})
-        fitted = training.fit(
-            running.module,
-            running.model,
-            running.hp,
-            running.rows,
-            running.preprocess,
-            objective=payload["objective"],
-            direction=payload["direction"],
-            epochs=payload.get("epochs"),
-            budget=payload["budget"],
-            seed=payload["seed"],
-            send=reporting,
-        )
+        fitted = running.fit(payload.get("epochs"), reporting)
         folder = Path(payload["folder"])
         paths = predictions(running.model, running.rows, running.preprocess, ("validation", "guard"), folder)
         weights = folder / "model.weights.h5"
@@ -261,25 +258,13 @@ def predictions(model: Any, rows: Any, preprocess: Any, tiers: tuple[str, ...], 
 
 def check(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
     """Preflight alone, and the time of one epoch, for ``heldout check``."""
-    from search import preflight, training
+    from search import preflight
 
     running = _Trial(payload)
     found = preflight.run(running)
     started = time.monotonic()
     epochs: list[float] = []
-    training.fit(
-        running.module,
-        running.model,
-        running.hp,
-        running.rows,
-        running.preprocess,
-        objective=payload["objective"],
-        direction=payload["direction"],
-        epochs=2,
-        budget=payload["budget"],
-        seed=payload["seed"],
-        send=lambda body: epochs.append(time.monotonic() - started),
-    )
+    running.fit(2, lambda body: epochs.append(time.monotonic() - started))
     first = epochs[0] if epochs else time.monotonic() - started
     return {
         **found,
