@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         TrackingError,
     )
     from search.evaluation import evaluate
+    from search.ledger import Ledger
     from search.rehearsal import check, try_params
     from search.study import Study
     from search.study import names as studies
@@ -30,6 +31,7 @@ _HOME = {
     "DataError": "errors",
     "ExecutorError": "errors",
     "HeldoutError": "errors",
+    "Ledger": "ledger",
     "RequestError": "errors",
     "SpaceError": "errors",
     "Study": "study",
@@ -50,6 +52,7 @@ __all__ = [
     "Dataset",
     "ExecutorError",
     "HeldoutError",
+    "Ledger",
     "RequestError",
     "SpaceError",
     "Study",

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from search import split, store
+from search import leakage, split, store
 from search.errors import DataError
 from search.rows import (
     Array,
@@ -19,23 +19,24 @@ from search.rows import (
     Rows,
     Structure,
     all_finite,
+    are_running_numbers,
     fingerprint,
+    id_hashes,
     joined,
     read,
     row_hashes,
     value_hashes,
 )
-from search.split import GUARD, TEST, TIERS, TRAIN, VALIDATION, Tiers
+from search.split import GUARD, TEST, TIERS, VALIDATION, Tiers
 from search.store import OpenRows, SealedError, SealedRows, load_structure
 
 __all__ = ["Dataset", "OpenRows", "SealedError", "SealedRows", "load_structure", "prepare"]
 
 # Part of the digest: raise it when the split or the files change, so that old copies are not taken for new.
-_VERSION = 1
+_VERSION = 2
 _FEW_GUARD = 500
 _FEW_TEST = 1_000
 _LEAST_PER_CLASS = 2
-_NAMED_ROWS = 5
 
 
 def prepare(dataset: Dataset, workspace: Path, split_seed: int, allow_nan: bool) -> dict[str, Any]:
@@ -46,14 +47,17 @@ def prepare(dataset: Dataset, workspace: Path, split_seed: int, allow_nan: bool)
         allow_nan: Accept NaN and infinities in x.
 
     Returns:
-        The manifest, JSON: ``digest``, ``fingerprint`` (of the test rows), ``rows``, ``tiers`` (name to
-        rows), ``x`` and ``y`` (``kind``, ``names``, ``shapes`` with the number of rows first,
-        ``dtypes``), ``task`` ("classes" or "values"), ``classes``, ``warnings``, ``has_nan``,
-        ``grouped``, ``ordered``, ``supplied`` (tiers that the user gave).
+        The manifest, JSON: ``digest``, ``fingerprint`` (of the test rows), ``guard_fingerprint``, ``identity``
+        ("ids" or "values": what rows are known again by), ``prior_openings``, ``rows``, ``tiers`` (name to rows),
+        ``x`` and ``y`` (``kind``, ``names``, ``shapes`` with the number of rows first, ``dtypes``), ``task``
+        ("classes" or "values"), ``classes``, ``warnings``, ``has_nan``, ``grouped``, ``ordered``, ``supplied``
+        (tiers that the user gave).
 
     Raises:
         DataError: If the rows cannot be used; nothing has been written then.
     """
+    # What is said now, which need not be what was said when the rows were stored.
+    said = {"prior_openings": _prior_openings(dataset)}
     rows, given, names = _gathered(dataset)
     has_nan = not all(all_finite(leaf) for leaf in rows.x)
     if has_nan and not allow_nan:
@@ -67,9 +71,9 @@ def prepare(dataset: Dataset, workspace: Path, split_seed: int, allow_nan: bool)
     digest = _digest(rows, hashes, given, split_seed)
     home, sealed = workspace / "rows" / digest, workspace / "sealed" / digest
     if (home / "manifest.json").exists() and sealed.exists():
-        return cast(dict[str, Any], json.loads((home / "manifest.json").read_text()))
+        return cast(dict[str, Any], json.loads((home / "manifest.json").read_text())) | said
 
-    _check_supplied(rows, given, x_hashes)
+    leakage.check_supplied(rows, given, x_hashes)
     labels = split.labels_of(rows.y[0])
     free = given < 0
     tiers = given.copy()
@@ -80,12 +84,16 @@ def prepare(dataset: Dataset, workspace: Path, split_seed: int, allow_nan: bool)
         split.sizes(int(free.sum()), validation="validation" not in names, test="test" not in names),
         **{name: None if value is None else value[free] for name, value in _identity(rows).items()},
     )
+    leakage.check_times(rows, given, tiers)
     if labels.classes is not None:
         _check_classes(labels.classes, labels.codes, tiers)
+    known_by, identities, doubts = _known_by(rows, hashes, given)
     manifest = {
         "version": _VERSION,
         "digest": digest,
-        "fingerprint": fingerprint(hashes[tiers == TEST]),
+        "fingerprint": fingerprint(identities[tiers == TEST]),
+        "guard_fingerprint": fingerprint(identities[tiers == GUARD]),
+        "identity": known_by,
         "split_seed": split_seed,
         "rows": len(rows),
         "tiers": {name: int((tiers == number).sum()) for number, name in enumerate(TIERS)},
@@ -93,20 +101,20 @@ def prepare(dataset: Dataset, workspace: Path, split_seed: int, allow_nan: bool)
         "y": _spec(rows.y_structure, rows.y),
         "task": labels.task,
         "classes": labels.classes,
-        "warnings": _warnings(tiers, x_hashes, hashes, rows.time is not None),
+        "warnings": [*_warnings(tiers), *leakage.suspicions(rows, given, tiers, x_hashes, hashes), *doubts],
         "has_nan": has_nan,
         "grouped": rows.groups is not None,
         "ordered": rows.time is not None,
         "supplied": names,
     }
     try:
-        store.write(rows, tiers, np.sort(hashes[tiers == TEST]), manifest, home, sealed)
+        store.write(rows, tiers, identities, manifest, home, sealed)
     except OSError as error:
         raise DataError(
             f"rows must be stored under {workspace}, but {error.strerror or error}; "
             "make room there or give another --workspace"
         ) from error
-    return manifest
+    return manifest | said
 
 
 def _gathered(dataset: Dataset) -> tuple[Rows, Tiers, list[str]]:
@@ -122,11 +130,38 @@ def _gathered(dataset: Dataset) -> tuple[Rows, Tiers, list[str]]:
                 f"{name} must be a pair (x, y) or a Dataset without tiers of its own, "
                 f"but got {type(given).__name__}; check load()"
             )
+        if _prior_openings(given):
+            raise DataError(f"prior_openings must be in the outer Dataset, but is in that of {name}; move it there")
         parts.append(read(given, f"{name}."))
         names.append(name)
         codes.append(code)
     rows = joined(parts, names)
     return rows, np.repeat(np.array(codes, dtype=np.int8), [len(part) for part in parts]), names[1:]
+
+
+def _prior_openings(dataset: Dataset) -> int:
+    prior = dataset.prior_openings
+    if isinstance(prior, bool) or not isinstance(prior, int | np.integer) or prior < 0:
+        raise DataError(
+            f"prior_openings must be a whole number of at least 0, but got {prior!r}; "
+            "give how many times the test rows were used before"
+        )
+    return int(prior)
+
+
+def _known_by(rows: Rows, hashes: Hashes, given: Tiers) -> tuple[str, Hashes, list[str]]:
+    """What the ledger knows rows by: "ids" or "values", their hashes, and a warning where ids cannot serve."""
+    if rows.ids is None:
+        return "values", hashes, []
+    parts = [rows.ids[given == code] for code in np.unique(given)]
+    # Two unrelated data sets would both have the rows 0, 1, 2, …, and pass for one.
+    if are_running_numbers(rows.ids) or all(are_running_numbers(part) for part in parts):
+        doubt = (
+            "ids are the running numbers of the rows, which name rows of one file only, so rows are known again by "
+            "their values instead; give ids that stay with a row, such as keys of a database or names of files"
+        )
+        return "values", hashes, [doubt]
+    return "ids", id_hashes(rows.ids), []
 
 
 def _identity(rows: Rows) -> dict[str, Array | None]:
@@ -156,39 +191,6 @@ def _spec(structure: Structure, leaves: Iterable[Array]) -> dict[str, Any]:
     }
 
 
-def _check_supplied(rows: Rows, given: Tiers, x_hashes: Hashes) -> None:
-    """Refuse rows, groups or times that tie a tier the user gave to the other rows."""
-    numbers = np.concatenate([np.arange((given == code).sum()) for code in (-1, VALIDATION, TEST)])
-    for code in (VALIDATION, TEST):
-        mine, others = given == code, given != code
-        if not mine.any():
-            continue
-        name = TIERS[code]
-        twice = mine & np.isin(x_hashes, x_hashes[others])
-        if twice.any():
-            raise DataError(
-                f"no row may be in two tiers, but {_counted(numbers[twice])} of {name} have the same "
-                f"features as rows outside it; leave them out of {name}, or out of the rest"
-            )
-        if rows.groups is not None and (shared := mine & np.isin(rows.groups, rows.groups[others])).any():
-            raise DataError(
-                f"no group may be in two tiers, but {_counted(numbers[shared])} of {name} belong to groups "
-                "that go on outside it; keep each group whole"
-            )
-        if code == TEST and rows.time is not None and (early := mine & (rows.time <= rows.time[others].max())).any():
-            raise DataError(
-                f"test rows must be later than all others when time is given, but {_counted(numbers[early])} "
-                "of test are not; leave them out, or leave out `time`"
-            )
-
-
-def _counted(numbers: Array) -> str:
-    """How many rows and which, such as "7 rows (3, 5, 8, 9, 11, …)"."""
-    shown = ", ".join(str(int(number)) for number in numbers[:_NAMED_ROWS])
-    more = ", …" if len(numbers) > _NAMED_ROWS else ""
-    return f"{len(numbers)} row{'' if len(numbers) == 1 else 's'} ({shown}{more})"
-
-
 def _check_classes(classes: list[Any], codes: Array, tiers: Tiers) -> None:
     counts = np.zeros((len(classes), len(TIERS)), dtype=np.int64)
     np.add.at(counts, (codes, tiers), 1)
@@ -201,22 +203,11 @@ def _check_classes(classes: list[Any], codes: Array, tiers: Tiers) -> None:
             )
 
 
-def _warnings(tiers: Tiers, x_hashes: Hashes, hashes: Hashes, ordered: bool) -> list[str]:
+def _warnings(tiers: Tiers) -> list[str]:
     guard, test = int((tiers == GUARD).sum()), int((tiers == TEST).sum())
     out = []
     if guard < _FEW_GUARD:
         out.append(f"only {guard} guard rows (under {_FEW_GUARD}): estimates from them are coarse")
     if test < _FEW_TEST:
         out.append(f"only {test} test rows (under {_FEW_TEST}): the test score comes with a wide interval")
-    pairs = np.unique(np.stack([x_hashes, hashes]), axis=1)[0]
-    features, labels = np.unique(pairs, return_counts=True)
-    odd = np.isin(x_hashes, features[labels > 1])
-    if odd.any():
-        which = _counted(np.flatnonzero(odd))
-        out.append(f"{which} have the same features as another row but a different label")
-    if ordered:
-        # Repeated readings are normal in time series, so they are told rather than refused.
-        early = np.isin(x_hashes[tiers != TRAIN], x_hashes[tiers == TRAIN])
-        if early.any():
-            out.append(f"{int(early.sum())} rows outside train have the same features as a row in train")
     return out

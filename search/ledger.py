@@ -1,89 +1,83 @@
-"""The record of test openings: one hash-chained, append-only file per user, whatever the workspace.
+"""The record of what held-out rows were used for: one file per user, whatever the study or the workspace.
 
-Each line is a JSON object that holds the hash of the line before it. An ``opening`` line is on disk before
-the seal is touched, so a crash after it counts as an opening; a ``result`` line follows with what was
-found. Hashes of the rows that were opened lie beside the file, so that rows are known again when
-they come in another order, or with some of them dropped or added. It keeps honest people honest:
-whoever can write the file can also write another one.
+Four things matter. An ``opening`` line is on disk before the seal of the test rows is touched, so a crash after
+it counts as an opening; a ``result`` line follows with what was found. A ``guard`` line says how many trials of a
+study have been judged by which guard rows. And rows are known again, by their hashes, when they come in
+another order, or with some of them dropped or added. It keeps honest people honest: whoever can write
+the file can also write another one.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from search.chain import Chain, Hashes, Line
 from search.errors import RequestError
 
-Hashes = NDArray[np.uint64]
+SAME_ROWS = 0.2  # share of rows used before from which a set of rows is not a new one
 
-SAME_ROWS = 0.2  # share of rows opened before from which a test set is not a new one
+_OURS = frozenset({"kind", "number", "previous", "hash", "opening", "prior", "rows"})
 
-_GENESIS = "0" * 64
-_OURS = frozenset({"kind", "number", "previous", "hash", "opening", "rows"})
+
+@dataclass(frozen=True)
+class GuardUse:
+    """What guard rows were used for by other studies: how many, and how many trials they judged in all."""
+
+    studies: int
+    trials: int
 
 
 class Ledger:
     """The ledger at ``path``, by default ``HELDOUT_LEDGER`` or a file in the user's data folder.
 
-    Any number of processes may use it at once.
+    Any number of processes may use it at once. Every method raises RequestError if the chain is broken or the
+    file cannot be used. Rows are the same rows if their fingerprint is, or if a fifth of them or more is.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = default_path() if path is None else Path(path)
-        self._rows = self.path.with_name(f"{self.path.name}.rows")
+        self._chain = Chain(self.path)
 
-    def entries(self) -> tuple[dict[str, Any], ...]:
-        """All lines in order, after checking the chain.
-
-        Raises:
-            RequestError: If the chain is broken or the file cannot be read.
-        """
-        try:
-            with open(self.path, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH)
-                return self._read(file.read())
-        except FileNotFoundError:
-            return ()
-        except OSError as error:
-            raise self._unusable(error) from error
+    def entries(self) -> tuple[Line, ...]:
+        """All lines in order, after checking the chain."""
+        return self._chain.lines()
 
     def verify(self) -> int:
-        """Check the chain and the rows beside it; the number of lines.
+        """Check the chain and the rows beside it; the number of lines."""
+        return len(self._checked()[0])
 
-        Raises:
-            RequestError: If a line or a row file is missing or was changed, saying which and what to do.
-        """
-        entries = self.entries()
-        for entry in entries:
-            if entry["kind"] == "opening":
-                self._opened(entry)
-        return len(entries)
-
-    def openings(self, row_hashes: Hashes, fingerprint: str) -> int:
+    def openings(self, row_hashes: Hashes, fingerprint: str, prior: int = 0) -> int:
         """How many times these test rows have been opened, in any study.
-
-        Rows inherit the openings of every test set that shares a fifth of them or more.
 
         Args:
             row_hashes: One per test row; fingerprint: of these rows.
+            prior: Openings from before the ledger knew them (``Dataset.prior_openings``).
         """
-        return self._count(self.entries(), row_hashes, fingerprint)
+        return self._count(self.entries(), row_hashes, fingerprint, prior)
 
-    def append(self, entry: Mapping[str, Any], row_hashes: Hashes, *, expected: int | None = None) -> int:
+    def append(
+        self,
+        entry: Mapping[str, Any],
+        row_hashes: Hashes,
+        *,
+        prior: int = 0,
+        alpha: Callable[[int], float] | None = None,
+        expected: int | None = None,
+    ) -> int:
         """Enter an opening, on disk when this returns; open the seal only then.
 
         Args:
             entry: JSON with at least ``fingerprint`` and ``frozen`` (the hash of the frozen selection).
             row_hashes: One per test row.
+            prior: As in ``openings``.
+            alpha: From the number of the opening to its share of the error rate, kept as ``alpha``.
             expected: The opening the caller has announced, to be refused if another study was faster.
 
         Returns:
@@ -93,17 +87,19 @@ class Ledger:
             RequestError: If the chain is broken, the disk is full, or it is not the expected opening.
                 Nothing has been entered then.
         """
-        if clash := _OURS & set(entry):
-            raise ValueError(f"an entry must leave {', '.join(sorted(_OURS))} to the ledger, but has {sorted(clash)}")
-        with self._locked() as (file, entries):
-            number = self._count(entries, row_hashes, entry["fingerprint"]) + 1
+        _check(entry, "fingerprint", "frozen")
+        with self._chain.locked() as (file, lines):
+            number = self._count(lines, row_hashes, entry["fingerprint"], prior) + 1
             if expected is not None and number != expected:
                 raise RequestError(
                     f"this must be opening {expected} of these test rows, but another study has opened them "
                     f"meanwhile and it would be opening {number}; run the evaluation again to have it counted"
                 )
-            rows = self._keep(np.sort(row_hashes).astype("<u8"))
-            self._chain(file, entries, {"kind": "opening", "opening": number, "rows": rows, **entry})
+            body = {"kind": "opening", "opening": number, "prior": prior, **entry}
+            if alpha is not None:
+                body["alpha"] = alpha(number)
+            body["rows"] = self._chain.keep_rows(row_hashes, "nothing was opened")
+            self._chain.add(file, lines, body, "nothing was opened")
         return number
 
     def record_result(self, opening: int, frozen: str, result: Mapping[str, Any]) -> None:
@@ -113,118 +109,98 @@ class Ledger:
             opening: What ``append`` returned; frozen: the hash in that entry.
             result: JSON.
         """
-        with self._locked() as (file, entries):
-            if not any(e["kind"] == "opening" and e["opening"] == opening and e["frozen"] == frozen for e in entries):
+        with self._chain.locked() as (file, lines):
+            if not any(_answers({"opening": opening, "frozen": frozen}, line) for line in lines):
                 raise ValueError(f"a result must belong to an opening, but there is no opening {opening} of {frozen}")
-            self._chain(file, entries, {"kind": "result", "opening": opening, "frozen": frozen, "result": result})
+            body = {"kind": "result", "opening": opening, "frozen": frozen, "result": result}
+            self._chain.add(file, lines, body, f"opening {opening} counts but its result was not kept")
 
     def find(self, frozen: str) -> dict[str, Any] | None:
         """The recorded result of a frozen selection, or None if none was recorded."""
-        found = [e["result"] for e in self.entries() if e["kind"] == "result" and e["frozen"] == frozen]
+        found = [line["result"] for line in self.entries() if line["kind"] == "result" and line["frozen"] == frozen]
         return found[-1] if found else None
 
-    def _count(self, entries: tuple[dict[str, Any], ...], row_hashes: Hashes, fingerprint: str) -> int:
-        before = []
-        shares: dict[str, float] = {}
-        for entry in entries:
-            if entry["kind"] != "opening":
-                continue
-            if entry["rows"] not in shares:
-                shares[entry["rows"]] = float(np.isin(row_hashes, self._opened(entry)).mean())
-            if entry["fingerprint"] == fingerprint or shares[entry["rows"]] >= SAME_ROWS:
-                before.append(int(entry["opening"]))
+    def changed(self, space: str, row_hashes: Hashes, fingerprint: str) -> list[int]:
+        """Numbers of the earlier openings by this module that do not count for these test rows.
+
+        They may be openings of the same data, rescaled or with other labels, which no hash can tell.
+
+        Args:
+            space: The module's path, as in the ``space`` of its entries; those without one are left out.
+        """
+        lines = self.entries()
+        counted = {line["number"] for line in self._same(lines, "opening", row_hashes, fingerprint)}
+        mine = (line for line in lines if line["kind"] == "opening" and line.get("space") == space)
+        return [int(line["opening"]) for line in mine if line["number"] not in counted]
+
+    def record_guard(self, entry: Mapping[str, Any], row_hashes: Hashes) -> None:
+        """Enter how many trials guard rows have judged in a study; its last count of these rows holds.
+
+        Args:
+            entry: JSON with at least ``study_id``, ``fingerprint`` (of the guard rows) and ``trials``.
+            row_hashes: One per guard row.
+        """
+        _check(entry, "study_id", "fingerprint", "trials")
+        with self._chain.locked() as (file, lines):
+            rows = self._chain.keep_rows(row_hashes, "nothing was entered")
+            self._chain.add(file, lines, {"kind": "guard", **entry, "rows": rows}, "nothing was entered")
+
+    def guard_use(self, row_hashes: Hashes, fingerprint: str, study_id: str) -> GuardUse:
+        """What these guard rows were used for by other studies than ``study_id``.
+
+        Args:
+            row_hashes: One per guard row; fingerprint: of these rows.
+        """
+        same = self._same(self.entries(), "guard", row_hashes, fingerprint)
+        trials = {line["study_id"]: int(line["trials"]) for line in same if line["study_id"] != study_id}
+        return GuardUse(len(trials), sum(trials.values()))
+
+    def summary(self) -> dict[str, Any]:
+        """What the ledger holds, after checking all of it.
+
+        Returns:
+            JSON: ``path``, ``lines`` (their number), ``openings`` and ``guard`` (lists, oldest first, of ``time``,
+            ``study``, ``rows``, ``fingerprint``, and ``opening``, ``alpha``, ``result`` (whether one was
+            recorded) or ``trials``). Of a study's guard lines only those that hold. What an older version did
+            not record is None.
+        """
+        lines, rows = self._checked()
+        results = [line for line in lines if line["kind"] == "result"]
+        openings, guard = [], {}
+        for line in lines:
+            shown = {key: line.get(key) for key in ("time", "study", "fingerprint")}
+            if line["kind"] == "opening":
+                answered = any(_answers(result, line) for result in results)
+                shown |= {"opening": line["opening"], "alpha": line.get("alpha"), "result": answered}
+                openings.append(shown | {"rows": rows[line["rows"]]})
+            elif line["kind"] == "guard":
+                # The last line of a study counts, in the place of its first.
+                guard[line["study_id"], line["rows"]] = shown | {"trials": line["trials"], "rows": rows[line["rows"]]}
+        return {"path": str(self.path), "lines": len(lines), "openings": openings, "guard": list(guard.values())}
+
+    def _checked(self) -> tuple[tuple[Line, ...], dict[str, int]]:
+        """All lines, and the number of rows in each set that they name, after reading every set."""
+        lines = self.entries()
+        named = {line["rows"]: line for line in reversed(lines) if "rows" in line}
+        return lines, {digest: len(self._chain.rows(line)) for digest, line in named.items()}
+
+    def _count(self, lines: Sequence[Line], row_hashes: Hashes, fingerprint: str, prior: int) -> int:
+        before = [int(line["opening"]) for line in self._same(lines, "opening", row_hashes, fingerprint)]
         # A test set that grew out of a used one has that one's count, even where the first rows are gone.
-        return max([len(before), *before])
+        return max([len(before) + prior, *before])
 
-    def _opened(self, entry: Mapping[str, Any]) -> Hashes:
-        path = self._rows / f"{entry['rows']}.npy"
-        try:
-            hashes = cast(Hashes, np.load(path, allow_pickle=False))
-        except (OSError, ValueError) as error:
-            raise self._broken(entry["number"], f"names rows in {path}, which cannot be read") from error
-        if _digest(hashes) != entry["rows"]:
-            raise self._broken(entry["number"], f"names rows in {path}, which was changed")
-        return hashes
-
-    def _keep(self, hashes: Hashes) -> str:
-        """Write row hashes beside the ledger under their digest."""
-        digest = _digest(hashes)
-        path = self._rows / f"{digest}.npy"
-        temporary = self._rows / f".{digest}-{os.getpid()}.npy"
-        try:
-            self._rows.mkdir(exist_ok=True)
-            if not path.exists():
-                with open(temporary, "wb") as file:
-                    np.save(file, hashes, allow_pickle=False)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-        except OSError as error:
-            raise self._unusable(error) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        return digest
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[tuple[int, tuple[dict[str, Any], ...]]]:
-        """The file, locked for this process alone, and its checked lines."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise self._unusable(error) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file, self._read(self.path.read_bytes())
-        finally:
-            os.close(file)
-
-    def _chain(self, file: int, entries: tuple[dict[str, Any], ...], body: Mapping[str, Any]) -> None:
-        """Append one line, whole and on disk, or not at all."""
-        line = {"number": len(entries) + 1, "previous": entries[-1]["hash"] if entries else _GENESIS, **body}
-        line = json.loads(json.dumps(line))
-        left = memoryview(json.dumps(line | {"hash": _hash(line)}).encode() + b"\n")
-        size = os.fstat(file).st_size
-        try:
-            while left:
-                left = left[os.write(file, left) :]
-            os.fsync(file)
-        except BaseException as error:
-            os.ftruncate(file, size)
-            if isinstance(error, OSError):
-                raise self._unusable(error) from error
-            raise
-
-    def _read(self, content: bytes) -> tuple[dict[str, Any], ...]:
-        entries: list[dict[str, Any]] = []
-        previous = _GENESIS
-        *lines, tail = content.split(b"\n")
-        for number, raw in enumerate([*lines, tail] if tail else lines, start=1):
-            try:
-                line = json.loads(raw)
-                claimed = line.pop("hash")
-                sound = claimed == _hash(line) and line["number"] == number and number <= len(lines)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                sound = False
-            if not sound:
-                raise self._broken(number, "was changed or cut short")
-            if line["previous"] != previous:
-                raise self._broken(number, "does not follow from the line before it")
-            previous = claimed
-            entries.append(line | {"hash": claimed})
-        return tuple(entries)
-
-    def _broken(self, number: int, what: str) -> RequestError:
-        return RequestError(
-            f"the ledger {self.path} must be an unbroken chain, but line {number} {what}; restore it from "
-            "a backup, or set HELDOUT_LEDGER to a new file and say that earlier openings are not counted"
-        )
-
-    def _unusable(self, error: OSError) -> RequestError:
-        return RequestError(
-            f"test openings must be recorded in {self.path}, but {error.strerror or error}; nothing was "
-            "opened, so make room or give access there, or set HELDOUT_LEDGER to a file that can be written"
-        )
+    def _same(self, lines: Iterable[Line], kind: str, row_hashes: Hashes, fingerprint: str) -> list[Line]:
+        """The lines of this kind whose rows are these."""
+        shares: dict[str, float] = {}
+        same = []
+        for line in lines:
+            if line["kind"] != kind:
+                continue
+            if line["rows"] not in shares:
+                shares[line["rows"]] = float(np.isin(row_hashes, self._chain.rows(line)).mean())
+            if line["fingerprint"] == fingerprint or shares[line["rows"]] >= SAME_ROWS:
+                same.append(line)
+        return same
 
 
 def default_path() -> Path:
@@ -237,9 +213,43 @@ def default_path() -> Path:
     return Path(platformdirs.user_data_dir("heldout")) / "ledger.jsonl"
 
 
-def _hash(line: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """A summary for people: a line on the file, then aligned columns."""
+    count, openings, guard = found["lines"], found["openings"], found["guard"]
+    if not count:
+        return [f"the ledger {found['path']} is empty: no test rows have been opened"]
+    out = [f"the ledger {found['path']}: {count} line{'' if count == 1 else 's'}, chain unbroken"]
+    if openings:
+        out += ["openings of test rows:", *_aligned(openings, "opening", "rows", "alpha", "fingerprint", "result")]
+    if guard:
+        out += ["trials judged by guard rows:", *_aligned(guard, "trials", "rows", "fingerprint")]
+    return out
 
 
-def _digest(hashes: Hashes) -> str:
-    return hashlib.sha256(hashes.astype("<u8").tobytes()).hexdigest()
+def _aligned(found: Sequence[Mapping[str, Any]], *columns: str) -> list[str]:
+    names = ("time", "study", *columns)
+    table = [names, *(tuple(_SHOWN.get(name, str)(one[name]) for name in names) for one in found)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [("    " + "  ".join(map(str.ljust, row, widths))).rstrip() for row in table]
+
+
+_SHOWN: dict[str, Callable[[Any], str]] = {
+    "time": lambda at: "-" if at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at)),
+    "study": lambda name: name or "-",
+    "alpha": lambda share: "-" if share is None else f"{share:.4f}",
+    "fingerprint": lambda digest: str(digest[:12]),
+    "result": lambda recorded: "recorded" if recorded else "none",
+}
+
+
+def _answers(result: Mapping[str, Any], line: Line) -> bool:
+    """Whether a line is the opening that a result belongs to."""
+    return line["kind"] == "opening" and all(line[key] == result[key] for key in ("opening", "frozen"))
+
+
+def _check(entry: Mapping[str, Any], *needed: str) -> None:
+    # A line without these would make every later question fail, and a line cannot be taken back.
+    if missing := set(needed) - set(entry):
+        raise ValueError(f"an entry must have {', '.join(needed)}, but has no {', '.join(sorted(missing))}")
+    if clash := _OURS & set(entry):
+        raise ValueError(f"an entry must leave {', '.join(sorted(_OURS))} to the ledger, but has {sorted(clash)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import sys
 import tempfile
 import zipfile
@@ -14,10 +15,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from search import feeding, scoring, training
+from search import feeding, metrics, scoring, training
 from search.declaration import declare
 from search.errors import HeldoutError, RequestError, SpaceError
 from search.problem import first_line
+
+_PENALTIES = "because Keras adds the penalties on weights and activations"
+_UNKNOWN = "for a reason that is not known"
 
 
 def run(running: Any) -> dict[str, Any]:
@@ -27,8 +31,9 @@ def run(running: Any) -> dict[str, Any]:
         running: The worker's trial: module, hyperparameters, rows, preprocessing and built model.
 
     Returns:
-        ``reported`` (the objectives the model reports), ``objective_kind`` and ``custom`` (registered
-        custom objects that a reader of the exported file must import first).
+        ``reported`` (the objectives the model reports), ``objective_kind``, ``custom`` (registered
+        custom objects that a reader of the exported file must import first) and ``disagreement``: None, or
+        where Keras' value of the objective is another than the scorer's (see ``scoring.disagreement_line``).
 
     Raises:
         SpaceError: With the line to change.
@@ -48,7 +53,9 @@ def run(running: Any) -> dict[str, Any]:
         try:
             model.run_eagerly = True  # tracing a graph for one batch would cost more than the batch
             model.train_on_batch(x, y)
-            reported = [f"val_{name}" for name in model.test_on_batch(x, y, return_dict=True)]
+            model.reset_metrics()  # not every version of Keras does so itself, and they hold the training batch
+            logs = {f"val_{name}": value for name, value in model.test_on_batch(x, y, return_dict=True).items()}
+            penalties = float(sum(float(keras.ops.sum(loss)) for loss in model.losses))
             predicted = model.predict_on_batch(x)
         except (HeldoutError, MemoryError):
             raise
@@ -57,13 +64,15 @@ def run(running: Any) -> dict[str, Any]:
                 f"{path}: one batch of {count} rows did not go through the default model: "
                 f"{type(error).__name__}: {first_line(error)}"
             ) from error
-        _check_objective(running.payload["objective"], reported, path)
-        metric = _check_score(running, predicted, y)
+        reported, objective = list(logs), running.payload["objective"]
+        _check_objective(objective, reported, path)
+        metric, score = _check_score(running, predicted, y)
+        disagreement = _disagreement(running, metric, logs[objective], score, penalties)
         custom = _check_export(running)
     finally:
         model.run_eagerly = eagerly
         _restore(model, keep)
-    return {"reported": reported, "objective_kind": metric.kind, "custom": custom}
+    return {"reported": reported, "objective_kind": metric.kind, "custom": custom, "disagreement": disagreement}
 
 
 def _snapshot(model: keras.Model, x: Any) -> list[np.ndarray]:
@@ -82,6 +91,11 @@ def _restore(model: keras.Model, keep: list[np.ndarray]) -> None:
 
 
 def _check_objective(objective: str, reported: list[str], path: str) -> None:
+    if f"val_{objective}" in reported:
+        raise SpaceError(
+            f"{path}: the objective must be measured on validation rows, but {objective!r} is the value on train "
+            f'rows; write `objective = "val_{objective}"`'
+        )
     if objective not in reported:
         raise SpaceError(
             f"{path}: the objective must be something the model reports, but {objective!r} is not; "
@@ -90,13 +104,66 @@ def _check_objective(objective: str, reported: list[str], path: str) -> None:
         )
 
 
-def _check_score(running: Any, predicted: Any, y: Any) -> scoring.Metric:
+def _check_score(running: Any, predicted: Any, y: Any) -> tuple[scoring.Metric, float | None]:
+    """The objective as the scorer knows it, and its value on the batch; None if that has none."""
     declaration = declare(running.model)
     metric = scoring.resolve(running.payload["objective"], declaration)
-    if metric.kind != "custom":
-        names = [output["name"] for output in declaration["outputs"]]
-        scoring.score(metric, declaration, scoring.in_order(predicted, names), scoring.in_order(y, names))
-    return metric
+    if metric.is_custom:
+        return metric, None
+    names = [output["name"] for output in declaration["outputs"]]
+    labels = scoring.in_order(y, names)
+    if metric.kind in metrics.RANKS and metric.output is not None:
+        column = labels[metric.output].reshape(len(labels[metric.output]), -1)
+        if (column == column[0]).all(axis=0).any():
+            return metric, None  # one batch may be of one class, where all rows are not
+    return metric, scoring.score(metric, declaration, scoring.in_order(predicted, names), labels).value
+
+
+def _disagreement(
+    running: Any, metric: scoring.Metric, logged: Any, score: float | None, penalties: float
+) -> dict[str, Any] | None:
+    if score is None or np.ndim(logged) or not math.isfinite(logged):
+        return None
+    keras_value = float(logged)
+    if _agree(keras_value, score):
+        return None
+    reasons = list(_reasons(running.model, metric, penalties))
+    if metric.kind == "loss" and reasons == [_PENALTIES] and not _agree(keras_value - penalties, score):
+        reasons.append(_UNKNOWN)
+    why = " and ".join(reasons or [_UNKNOWN])
+    return {"objective": running.payload["objective"], "keras": keras_value, "scorer": score, "why": why}
+
+
+def _agree(one: float, other: float) -> bool:
+    """Whether two values are the same but for rounding, of float32 in one of them."""
+    return math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-6)
+
+
+def _reasons(model: keras.Model, metric: scoring.Metric, penalties: float) -> Iterator[str]:
+    """What is known of a model that can set Keras' value of a metric apart from the scorer's."""
+    outputs = declare(model)["outputs"]
+    mine = outputs if metric.output is None else [outputs[metric.output]]
+    if type(model).test_step is not keras.Model.test_step or type(model).compute_loss is not keras.Model.compute_loss:
+        yield "because the model has a test_step or compute_loss of its own"
+    if metric.kind == "loss":
+        if penalties and metric.output is None:
+            yield _PENALTIES
+        if any(output["label_smoothing"] for output in mine):
+            yield "because Keras smooths the labels"
+        if any(output["config"].get("reduction") == "sum" for output in mine):
+            yield "because Keras adds the rows of a batch up, of which the scorer takes the mean"
+        return
+    if metric.config.get("label_smoothing"):
+        yield "because Keras smooths the labels"
+    if mine[0]["from_logits"] and "from_logits" not in metric.config:
+        yield (
+            "because Keras applies its threshold to logits, which it takes for probabilities"
+            if metric.kind in metrics.PROPORTIONS | metrics.RATIOS
+            else "because Keras takes the logits for probabilities"
+        )
+    if metric.kind in metrics.RANKS:
+        count = metric.config.get("num_thresholds", 200)
+        yield f"because Keras reads the area off {count} thresholds, while the scorer ranks the rows"
 
 
 def _check_export(running: Any) -> list[dict[str, str]]:

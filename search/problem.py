@@ -195,8 +195,11 @@ class SpaceModule:
     def _check(self) -> None:
         where = self.problem.path
         if not isinstance(self.objective, str) or not self.objective.startswith("val_"):
+            named = isinstance(self.objective, str) and self.objective
+            hint = f', which is the value on train rows; write "val_{self.objective}"' if named else ""
             raise SpaceError(
-                f'{where}: objective must be a validation metric such as "val_accuracy", but got {self.objective!r}'
+                f'{where}: objective must be a validation metric such as "val_accuracy", but got '
+                f"{self.objective!r}{hint}"
             )
         if self.direction not in (None, "min", "max"):
             raise SpaceError(f'{where}: direction must be "min" or "max", but got {self.direction!r}')

@@ -28,9 +28,12 @@ class Dataset:
         groups: One value per row; rows with the same value never part (a patient, a site).
         time: One sortable value per row; given, tiers follow each other in time.
         sample_weight: One weight per row, for training only; no score is weighted.
-        ids: One value per row that names it for good, so that it keeps its tier when its features change.
+        ids: One value per row that names it for good, so that it keeps its tier, and test rows their openings, when
+            features change.
         validation: Rows to validate on, as a ``Dataset`` or ``(x, y)``; taken as given.
         test: Rows to test on, as a ``Dataset`` or ``(x, y)``; taken as given.
+        prior_openings: How many times the test rows were used before the ledger knew them: by hand, with another
+            tool, or in another form. It moves no row.
     """
 
     x: Any
@@ -41,6 +44,7 @@ class Dataset:
     ids: Any = None
     validation: Any = None
     test: Any = None
+    prior_openings: int = 0
 
 
 @dataclass(frozen=True)
@@ -329,6 +333,21 @@ def hashed(items: Sequence[Any], encode: Callable[[Any], bytes]) -> Hashes:
     """A 64-bit BLAKE2b hash of each item's bytes, shape (items,)."""
     digests = (hashlib.blake2b(encode(item), digest_size=8).digest() for item in items)
     return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+
+
+def id_hashes(ids: Array) -> Hashes:
+    """A 64-bit hash of every id, shape (rows,); an id is the same written as a number or as text."""
+    # What ``row_hashes`` hashes begins with a dtype, so an id never passes for the values of a row.
+    return hashed(ids.tolist(), lambda value: f"id:{value}".encode())
+
+
+def are_running_numbers(ids: Array) -> bool:
+    """Whether ids count rows, from 0 or from 1 in any order: they name rows of one file only."""
+    try:
+        numbers = np.sort(ids.astype(np.float64))
+    except ValueError:
+        return False
+    return any(np.array_equal(numbers, np.arange(first, first + len(ids))) for first in (0, 1))
 
 
 def fingerprint(hashes: Hashes) -> str:

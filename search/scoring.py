@@ -243,6 +243,23 @@ def value_of(metric: Metric, parts: Array) -> float:
     return float(metrics.combine(metric.kind, metric.config, parts.mean(axis=0)))
 
 
+def disagreement_line(found: Mapping[str, Any]) -> str | None:
+    """What preflight found of a value that Keras and the scorer see differently, in plain words; None if they agree.
+
+    Args:
+        found: Preflight's message, or the answer of ``check``. Its ``disagreement`` is None or has ``objective``,
+            ``keras`` and ``scorer`` (the two values on one batch) and ``why``.
+    """
+    differing = found.get("disagreement")
+    if differing is None:
+        return None
+    return (
+        f"{differing['objective']} on one batch is {differing['keras']:.5g} by Keras and {differing['scorer']:.5g} by "
+        f"the scorer, {differing['why']}; trials are compared, and the winner chosen, by the scorer's value, while the "
+        "epoch within a trial is chosen by Keras'"
+    )
+
+
 def in_order(structure: Any, names: Sequence[str]) -> list[Array]:
     """One array per output: a dict by the outputs' names, a list or tuple as it comes, an array as one.
 

@@ -1,7 +1,7 @@
 """Rows on disk: one memory-mapped pool that trials read, sealed files that only the service reads.
 
     WORKSPACE/rows/DIGEST/     features of train, validation and guard, labels of train and validation
-    WORKSPACE/sealed/DIGEST/   (0700) guard labels, test features and labels
+    WORKSPACE/sealed/DIGEST/   (0700) guard labels, test features and labels, and the groups, weights and hashes of both
 
 Both are written once, under a digest of everything that shaped them, and never changed.
 """
@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -22,17 +22,19 @@ from search.errors import DataError, HeldoutError
 from search.rows import Array, Dataset, Hashes, Rows, Structure
 from search.split import GUARD, TEST, TIERS, TRAIN, VALIDATION, Tiers
 
+_HASHES = {GUARD: "guard_hashes", TEST: "row_hashes"}
+
 
 class SealedError(HeldoutError, PermissionError):
     """Labels of guard or test rows, or test features, were asked of the rows that trials read."""
 
 
-def write(rows: Rows, tiers: Tiers, test_hashes: Hashes, manifest: Mapping[str, Any], home: Path, sealed: Path) -> None:
+def write(rows: Rows, tiers: Tiers, identities: Hashes, manifest: Mapping[str, Any], home: Path, sealed: Path) -> None:
     """Write both folders under temporary names, then move them into place, the sealed one first.
 
     Args:
         tiers: Tier of each row, see ``split.TIERS``.
-        test_hashes: Hashes of the test rows, sorted.
+        identities: What the ledger knows each row by; those of guard and test rows are kept, sorted.
 
     Raises:
         OSError: The disk is full or the folder cannot be written; both folders are as before then.
@@ -59,13 +61,16 @@ def write(rows: Rows, tiers: Tiers, test_hashes: Hashes, manifest: Mapping[str, 
             codes = np.unique(rows.groups, return_inverse=True)[1].astype(np.int64)
             for number in (GUARD, TEST):
                 _save(secret / f"{TIERS[number]}_groups.npy", codes, index[number], 0o600)
-        _save(secret / "row_hashes.npy", test_hashes, np.arange(len(test_hashes)), 0o600)
+        if rows.weight is not None:
+            _save(public / "weight.npy", rows.weight, named)
+            for number in (GUARD, TEST):
+                _save(secret / f"{TIERS[number]}_weight.npy", rows.weight, index[number], 0o600)
+        for number, name in _HASHES.items():
+            _save(secret / f"{name}.npy", np.sort(identities[index[number]]), np.arange(len(index[number])), 0o600)
         start = 0
         for number in (TRAIN, VALIDATION, GUARD):
             at = np.arange(start, start := start + len(index[number]), dtype=np.int64)
             _save(public / f"{TIERS[number]}.npy", at, np.arange(len(at)))
-        if rows.weight is not None:
-            _save(public / "weight.npy", rows.weight, named)
         for folder, mode in ((secret, 0o600), (public, 0o644)):
             with _created(folder / "manifest.json", mode) as file:
                 file.write(json.dumps(manifest, indent=1).encode())
@@ -75,6 +80,51 @@ def write(rows: Rows, tiers: Tiers, test_hashes: Hashes, manifest: Mapping[str, 
     finally:
         shutil.rmtree(secret, ignore_errors=True)
         shutil.rmtree(public, ignore_errors=True)
+
+
+def merged(home: Path, sealed: Path, tiers: Sequence[str], folder: Path) -> None:
+    """Write into ``folder`` what ``OpenRows`` reads, with the rows of all these tiers as its train rows.
+
+    Rows come tier after tier, each tier in its stored order. The old validation rows keep their name as well; they
+    are trained on like the others. Sealed labels are in the copy, so ``folder`` must be the owner's alone, no
+    trial's, and removed after use.
+
+    Args:
+        home: The folder ``WORKSPACE/rows/DIGEST``; sealed: ``WORKSPACE/sealed/DIGEST``.
+        tiers: The first three of ``split.TIERS``, or all four.
+
+    Raises:
+        DataError: If there are weights, but an older version stored the rows and kept none for sealed tiers.
+        OSError: The disk is full or the folder cannot be written.
+    """
+    if tuple(tiers) not in (TIERS[:TEST], TIERS):
+        raise ValueError(f"tiers must be {TIERS[:TEST]} or {TIERS}, but got {tuple(tiers)}")
+    rows = _Stored(home)
+    added = [tier for tier in tiers if tier in ("guard", "test")]
+
+    def save(name: str, *sources: Path) -> None:
+        leaves = [cast(Array, np.load(source, mmap_mode="r", allow_pickle=False)) for source in sources]
+        _write(folder / f"{name}.npy", leaves, [np.arange(len(leaf)) for leaf in leaves], 0o600)
+
+    for k in range(rows._leaf_count("x")):
+        save(f"x_{k}", home / f"x_{k}.npy", *(sealed / f"{tier}_x_{k}.npy" for tier in added if tier == "test"))
+    for k in range(rows._leaf_count("y")):
+        save(f"y_{k}", home / f"y_{k}.npy", *(sealed / f"{tier}_y_{k}.npy" for tier in added))
+    if (home / "weight.npy").exists():
+        weights = [sealed / f"{tier}_weight.npy" for tier in added]
+        if not all(path.exists() for path in weights):
+            raise DataError(
+                f"a refit needs the sample weights of all rows, but an earlier version stored {home} without those "
+                "of guard and test rows; launch the study again"
+            )
+        save("weight", home / "weight.npy", *weights)
+    for tier in ("validation", "guard"):
+        save(tier, home / f"{tier}.npy")
+    count = sum(int(rows.manifest["tiers"][tier]) for tier in tiers)
+    _save(folder / "train.npy", np.arange(count, dtype=np.int64), np.arange(count), 0o600)
+    manifest = rows.manifest | {"tiers": rows.manifest["tiers"] | {"train": count}}
+    with _created(folder / "manifest.json", 0o600) as file:
+        file.write(json.dumps(manifest, indent=1).encode())
 
 
 def _move(folder: Path, to: Path) -> None:
@@ -91,17 +141,24 @@ def _created(path: Path, mode: int) -> IO[bytes]:
 
 
 def _save(path: Path, leaf: Array, at: Array, mode: int = 0o644) -> None:
-    """Write ``leaf[at]`` as ``.npy``, by parts, so that it is never in memory twice.
+    """Write ``leaf[at]`` as ``.npy``."""
+    _write(path, [leaf], [at], mode)
+
+
+def _write(path: Path, leaves: Sequence[Array], at: Sequence[Array], mode: int) -> None:
+    """Write rows of several leaves of one kind as one ``.npy``, by parts, so that they are never in memory twice.
 
     Not through a memory map: a full disk would kill the process there instead of raising.
     """
-    shape = (len(at), *leaf.shape[1:])
-    header = {"descr": np.lib.format.dtype_to_descr(leaf.dtype), "fortran_order": False, "shape": shape}
-    step = max(1, (16 << 20) // max(1, leaf[:1].nbytes))
+    first = leaves[0]
+    shape = (sum(len(rows) for rows in at), *first.shape[1:])
+    header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": shape}
+    step = max(1, (16 << 20) // max(1, first[:1].nbytes))
     with _created(path, mode) as file:
         np.lib.format.write_array_header_2_0(file, header)
-        for start in range(0, len(at), step):
-            file.write(np.ascontiguousarray(leaf[at[start : start + step]]).reshape(-1).view(np.uint8).data)
+        for leaf, rows in zip(leaves, at, strict=True):
+            for start in range(0, len(rows), step):
+                file.write(np.ascontiguousarray(leaf[rows[start : start + step]]).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -234,14 +291,14 @@ class SealedRows(_Stored):
         path = self.path / f"{tier}_groups.npy"
         return np.array(self._map(f"{tier}_groups")) if path.exists() else None
 
-    def row_hashes(self) -> Hashes:
-        """Sorted 64-bit hashes of the test rows, features and labels."""
-        return np.array(self._map("row_hashes"))
+    def row_hashes(self, tier: str = "test") -> Hashes:
+        """Sorted 64-bit hashes that the ledger knows the rows of "guard" or "test" by."""
+        self._check_sealed(tier)
+        return np.array(self._map(_HASHES[TIERS.index(tier)]))
 
     def label_files(self, tier: str) -> dict[str, Any]:
         """Guard or test labels as paths, JSON, for ``load_structure``."""
-        if tier not in ("guard", "test"):
-            raise ValueError(f"guard and test labels are sealed, but {tier!r} was asked for; use OpenRows")
+        self._check_sealed(tier)
         return self._files("y", f"{tier}_y")
 
     def feature_files(self, tier: str = "test") -> dict[str, Any]:
@@ -249,6 +306,10 @@ class SealedRows(_Stored):
         if tier != "test":
             raise ValueError(f"sealed features are those of test, but {tier!r} was asked for; use OpenRows")
         return self._files("x", f"{tier}_x")
+
+    def _check_sealed(self, tier: str) -> None:
+        if tier not in ("guard", "test"):
+            raise ValueError(f"rows of guard and test are sealed, but {tier!r} was asked for; use OpenRows")
 
 
 def load_structure(files: Mapping[str, Any]) -> Any:

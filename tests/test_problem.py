@@ -59,6 +59,7 @@ def test_a_missing_part_is_named_before_anything_is_executed(tmp_path: Path, par
     ("parts", "said"),
     [
         ({"objective": "objective = 'accuracy'"}, "objective must be a validation metric such as"),
+        ({"objective": "objective = 'loss'"}, "the value on train rows; write \"val_loss\""),
         ({"objective": "objective = 'val_loss'\ndirection = 'up'"}, 'direction must be "min" or "max"'),
         ({"objective": "objective = 'val_loss'\nepochs = 0"}, "epochs must be a whole number of at least 1"),
         ({"load": "load = 3"}, "load must be a function, but it is int"),
