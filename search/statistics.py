@@ -94,6 +94,31 @@ def _interval(score: Score, units: Codes | None, level: float, seed: int) -> Int
     return _resampled(score.parts, value, units, level, seed)
 
 
+def standard_error(score: Score, *, groups: Array | None = None, ordered: bool = False) -> float:
+    """The standard error of one model's score, in the metric's own units.
+
+    Functions of means: the jackknife, which is s/√n for a mean. AUC of one output: DeLong. Other rank metrics, and
+    all of them on groups: the bootstrap's standard deviation. Where that is 0, as with all rows right, it is the half
+    width of ``test_interval`` over its z; 0 is left where that is a point too, as for constant losses.
+
+    Args:
+        groups, ordered: As for ``test_interval``.
+    """
+    units = _units(len(score.parts), groups, ordered)
+    metric, error = score.metric, 0.0
+    if metric.kind not in metrics.RANKS:
+        error = _totals(score.parts, lambda m: metrics.combine(_kind(metric), metric.config, m), units).error
+    elif units is None and _suits_delong(score):
+        variance = float(delong(score.parts[:, 0] > 0.5, score.parts[None, :, 1])[1][0, 0])
+        error = math.sqrt(variance) if variance > 1e-15 else 0.0
+    else:
+        error = float(_drawn(lambda at: value_of(metric, score.parts[at]), len(score.parts), units, 0).std())
+    if error > 0:
+        return error
+    found = _interval(score, units, 0.95, 0)
+    return (found.high - found.low) / 2 / _z(0.95)
+
+
 def paired_difference(
     winner: Score,
     baseline: Score,
@@ -321,8 +346,17 @@ def _drawn(value: Callable[[Array], float], rows: int, units: Codes | None, seed
     return np.array(values or [value(np.arange(rows))])
 
 
-def _resampled(parts: Floats, value: Callable[[Array], Any], units: Codes | None, level: float, seed: int) -> Interval:
-    """BCa interval of ``value(means of parts)``, over rows or units; closed form for many."""
+@dataclass(frozen=True)
+class _Totals:
+    """Sums of parts and rows per row or unit, shape (units, columns + 1), and what follows from them."""
+
+    sums: Floats
+    of: Callable[[Array], Floats]  # the value of any totals
+    whole: float
+    error: float  # the jackknife's; 0 for constant data
+
+
+def _totals(parts: Floats, value: Callable[[Array], Any], units: Codes | None) -> _Totals:
     sums = np.hstack([parts, np.ones((len(parts), 1))])
     if units is not None:
         sums = np.stack([np.bincount(units, weights=column) for column in sums.T], axis=1)
@@ -330,15 +364,22 @@ def _resampled(parts: Floats, value: Callable[[Array], Any], units: Codes | None
     def of(totals: Array) -> Floats:
         return np.asarray(value(totals[..., :-1] / totals[..., -1:]), dtype=np.float64)
 
-    whole = float(of(sums.sum(axis=0)))
-    n = len(sums)
+    whole, n = float(of(sums.sum(axis=0))), len(sums)
     without = of(sums.sum(axis=0) - sums) if n > 1 else np.array([whole])
     if np.ptp(without) <= 1e-12 * max(1.0, abs(whole)):
+        return _Totals(sums, of, whole, 0.0)
+    error = math.sqrt((n - 1) / n * float(((without - without.mean()) ** 2).sum()))
+    return _Totals(sums, of, whole, error)
+
+
+def _resampled(parts: Floats, value: Callable[[Array], Any], units: Codes | None, level: float, seed: int) -> Interval:
+    """BCa interval of ``value(means of parts)``, over rows or units; closed form for many."""
+    totals = _totals(parts, value, units)
+    sums, of, whole, n = totals.sums, totals.of, totals.whole, len(totals.sums)
+    if totals.error == 0:
         return Interval(whole, whole, "constant data", level)
     if n > _CLOSED_FORM_ROWS:
-        # The jackknife's error; for a mean it is the textbook's standard error.
-        error = math.sqrt((n - 1) / n * float(((without - without.mean()) ** 2).sum()))
-        half = _z(level) * error
+        half = _z(level) * totals.error
         return Interval(whole - half, whole + half, f"closed form{_of(units)}", level)
 
     def of_numbers(drawn: Array, axis: int = -1) -> Floats:
