@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from search import options
 from search.errors import HeldoutError, RequestError, StudyFailed
 
 if TYPE_CHECKING:
@@ -55,44 +56,9 @@ def main(debug: bool) -> None:
     """Hyperparameter search for Keras, with a test score to believe."""
 
 
-def _workspace(command: Any) -> Any:
-    return click.option(
-        "--workspace",
-        metavar="DIR",
-        help="Folder for everything that is written [HELDOUT_WORKSPACE, ./heldout-workspace].",
-    )(command)
-
-
-def _as_json(command: Any) -> Any:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
-
-
-def _search_options(command: Any) -> Any:
-    """The options that `launch` and `check` share."""
-    options = [
-        click.option("--trials", type=int, default=30, show_default=True, help="Trials in all, the baseline included."),
-        click.option("--sampler", default="tpe", show_default=True, help="How configurations are proposed."),
-        click.option("--workers", type=int, help="Trials at a time on CPUs [one per core]."),
-        click.option("--gpus", metavar="auto|none|0,1", help="GPUs to use [auto]."),
-        click.option("--trials-per-gpu", type=int, metavar="K", help="Trials that share a GPU."),
-        click.option("--gpus-per-trial", type=int, metavar="G", help="GPUs that one trial gets."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of proposals and training; moves no row."),
-        click.option("--split-seed", type=int, default=0, show_default=True, help="Of the split of rows into tiers."),
-        click.option("--epochs", type=int, help="Epochs of a trial at most [the module's]."),
-        click.option(
-            "--start-method",
-            type=click.Choice(["fork", "spawn"]),
-            help="How trial processes start [fork on Linux].",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return _workspace(command)
-
-
 @main.command()
 @click.argument("space")
-@_search_options
+@options.search_options
 @click.option("--study", help="The study's name [the space's name and a number].")
 @click.option(
     "--evaluate",
@@ -101,47 +67,49 @@ def _search_options(command: Any) -> Any:
     show_default=True,
     help="Open the sealed test rows at the end: auto only if no study has opened them.",
 )
+@options.final
 @click.option("--tag", "tags", multiple=True, metavar="K=V", help="A tag for every MLflow run; may be repeated.")
-@_as_json
-def launch(space: str, tags: tuple[str, ...], as_json: bool, **options: Any) -> None:
+@options.as_json
+def launch(space: str, tags: tuple[str, ...], as_json: bool, **asked: Any) -> None:
     """Search a space and test what it finds.
 
     SPACE is a Python file, a dotted module, or the name of a shipped space.
     """
     from search.wiring import launch as run
 
-    with _watching(options["trials"], as_json) as watcher:
-        study = run(space, watcher=watcher, tags=_tags(tags), **options)
+    with _watching(_trainings(space=space, **asked), as_json) as watcher:
+        study = run(space, watcher=watcher, tags=_tags(tags), **asked)
     _finished(study, as_json)
 
 
 @main.command()
 @click.argument("study")
-@_workspace
-@_as_json
+@options.workspace
+@options.as_json
 def resume(study: str, workspace: str | None, as_json: bool) -> None:
     """Continue STUDY where it stopped."""
     from search.study import Study
     from search.wiring import resume as run
 
     stopped = Study(study, workspace)
-    planned = stopped.meta("study", {"config": {"trials": None}})["config"]["trials"]
-    with _watching(planned, as_json, [t for t in stopped.trials if t.state.is_finished]) as watcher:
+    config = (stopped.meta("study") or {}).get("config")
+    ended = [trial for trial in stopped.trials if trial.state.is_finished]
+    with _watching(_trainings(**config) if config else None, as_json, ended) as watcher:
         found = run(study, workspace=workspace, watcher=watcher)
     _finished(found, as_json)
 
 
 @main.command()
 @click.argument("space")
-@_search_options
-@_as_json
-def check(space: str, as_json: bool, **options: Any) -> None:
+@options.search_options
+@options.as_json
+def check(space: str, as_json: bool, **asked: Any) -> None:
     """Say what a launch would search, and its cost."""
     from search.rehearsal import check as run
     from search.report import check_lines
 
     with _watching(None, as_json) as watcher:
-        found = run(space, watcher=watcher, **options)
+        found = run(space, watcher=watcher, **asked)
     if as_json:
         return _print_json(found)
     for line in check_lines(found):
@@ -153,7 +121,7 @@ def check(space: str, as_json: bool, **options: Any) -> None:
 @click.option("--params", default="{}", metavar="JSON", help="Values by name; the rest are the defaults.")
 @click.option("--epochs", type=int, help="Epochs at most [the module's].")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of training.")
-@_as_json
+@options.as_json
 def try_(space: str, params: str, epochs: int | None, seed: int, as_json: bool) -> None:
     """Run one trial here; nothing is recorded.
 
@@ -183,8 +151,8 @@ def try_(space: str, params: str, epochs: int | None, seed: int, as_json: bool) 
 
 @main.command()
 @click.argument("study", required=False)
-@_workspace
-@_as_json
+@options.workspace
+@options.as_json
 def status(study: str | None, workspace: str | None, as_json: bool) -> None:
     """Show how far STUDY is, or all studies of the workspace."""
     from search.report import status_line
@@ -203,8 +171,8 @@ def status(study: str | None, workspace: str | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("study", required=False)
-@_workspace
-@_as_json
+@options.workspace
+@options.as_json
 def report(study: str | None, workspace: str | None, as_json: bool) -> None:
     """Print what STUDY found, and what to believe of it."""
     from search.report import lines
@@ -221,8 +189,8 @@ def report(study: str | None, workspace: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("study")
 @click.argument("trial", type=int)
-@_workspace
-@_as_json
+@options.workspace
+@options.as_json
 def show(study: str, trial: int, workspace: str | None, as_json: bool) -> None:
     """Show one trial, and all that it printed."""
     from search.report import trial_lines
@@ -238,15 +206,17 @@ def show(study: str, trial: int, workspace: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("study", required=False)
 @click.option("--out", required=True, metavar="DIR", help="A new or empty folder.")
-@click.option("--trial", type=int, help="Number of the trial [the best].")
+@click.option("--trial", type=int, help="Number of the trial [the winner].")
+@click.option("--final", type=click.Choice(["all"]), help="Refit it on every row first; no score applies then.")
 @click.option("--format", "format_", type=click.Choice(["keras", "saved_model"]), default="keras", show_default=True)
 @click.option("--register", metavar="NAME", help="Also put it in MLflow's registry, with the alias champion.")
-@_workspace
-@_as_json
+@options.workspace
+@options.as_json
 def export(
     study: str | None,
     out: str,
     trial: int | None,
+    final: str | None,
     format_: str,
     register: str | None,
     workspace: str | None,
@@ -260,11 +230,14 @@ def export(
     from search.study import Study
 
     with _watching(None, as_json) as watcher:
-        lineage = run(Study(study, workspace), out, trial=trial, format=format_, register=register, watcher=watcher)
+        asked: dict[str, Any] = {"trial": trial, "final": final, "format": format_, "register": register}
+        lineage = run(Study(study, workspace), out, watcher=watcher, **asked)
     if as_json:
         return _print_json(lineage)
     click.echo(f"trial {lineage['trial']} is in {out}: model.keras, lineage.json, MODEL_CARD.md, space.py")
-    for tier, score in lineage["scores"].items():
+    if final == "all":
+        click.echo(f"    refitted on all {lineage['rows']} rows, test rows included, so no score applies to it")
+    for tier, score in lineage.get("scores", {}).items():
         click.echo(f"    {tier} {lineage['objective'].removeprefix('val_')}: {score['score']:.6g}")
     if "registered" in lineage:
         click.echo(f"registered as {lineage['registered']['uri']} (version {lineage['registered']['version']})")
@@ -272,9 +245,10 @@ def export(
 
 @main.command()
 @click.argument("study")
-@_workspace
-@_as_json
-def evaluate(study: str, workspace: str | None, as_json: bool) -> None:
+@options.final
+@options.workspace
+@options.as_json
+def evaluate(study: str, final: str | None, workspace: str | None, as_json: bool) -> None:
     """Open the sealed test rows; counted.
 
     Winner and baseline are scored. A selection that was tested before is answered from the record.
@@ -284,13 +258,29 @@ def evaluate(study: str, workspace: str | None, as_json: bool) -> None:
 
     found = Study(study, workspace)
     with _watching(None, as_json) as watcher:
-        run(found, watcher=watcher)
+        run(found, final=final, watcher=watcher)
     _finished(found, as_json)
 
 
 @main.command()
+@options.as_json
+def ledger(as_json: bool) -> None:
+    """Show what held-out rows have been used for.
+
+    Of all studies in all workspaces: every opening of test rows, and how many trials guard rows have judged.
+    """
+    from search.ledger import Ledger, lines
+
+    found = Ledger().summary()
+    if as_json:
+        return _print_json(found)
+    for line in lines(found):
+        click.echo(line)
+
+
+@main.command()
 @click.option("--port", type=int, default=5000, show_default=True)
-@_workspace
+@options.workspace
 def ui(port: int, workspace: str | None) -> None:
     """Start MLflow's UI on the workspace, on this machine only."""
     from search.study import names, workspace_folder
@@ -323,6 +313,14 @@ def _watching(planned: int | None, as_json: bool, earlier: Sequence[Trial] = ())
         return
     with View(Console(stderr=True), planned, earlier) as view:
         yield view
+
+
+def _trainings(**config: Any) -> int:
+    """Trainings of a whole study."""
+    from search.study import StudyConfig
+
+    known = StudyConfig(**config)
+    return known.trials + known.confirmation().runs
 
 
 def _tags(given: tuple[str, ...]) -> dict[str, str]:

@@ -13,7 +13,8 @@ from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot,
 from search.journal import Journal
 from search.samplers import Proposal, Sampler, propose
 from search.space import Space
-from search.trial import Report, Trial, TrialState, seed_for
+from search.trial import Report, Trial, TrialState, searched, seed_for
+from search.watcher import Silent, Watcher
 
 MOST_FAILURES_IN_A_ROW = 10
 _MOST_ATTEMPTS_AFTER_LOSS = 3
@@ -27,12 +28,12 @@ class Verdict:
     Attributes:
         score: On validation rows, in the objective's units; goes to the sampler.
         guard: On guard rows; goes to the journal's sealed table and nowhere else.
-        guard_losses: Path of the per-example guard losses, where the metric has them.
+        evidence: JSON that is kept with the guard score: what the final choice needs of both tiers.
     """
 
     score: float
     guard: float | None
-    guard_losses: str | None = None
+    evidence: Any = None
 
 
 class Judge(Protocol):
@@ -43,26 +44,6 @@ class Judge(Protocol):
 
     def settle(self, result: dict[str, Any]) -> Verdict:
         """The verdict of a ``score`` job's result."""
-
-
-class Watcher(Protocol):
-    """Is told what happens, for a live view; must return at once and never raise."""
-
-    def started(self, trial: Trial) -> None: ...
-    def epoch(self, report: Report) -> None: ...
-    def ended(self, trial: Trial) -> None: ...
-    def say(self, text: str) -> None: ...
-    def tick(self) -> None: ...
-
-
-class Silent:
-    """A watcher that shows nothing."""
-
-    def started(self, trial: Trial) -> None: ...
-    def epoch(self, report: Report) -> None: ...
-    def ended(self, trial: Trial) -> None: ...
-    def say(self, text: str) -> None: ...
-    def tick(self) -> None: ...
 
 
 @dataclass
@@ -81,12 +62,14 @@ class Driver:
     """Runs one study's plan to its end.
 
     Args:
-        trials: How many trials the study shall have in all.
+        trials: How many trials the search shall have in all.
         seed: The study's seed; every trial's and every proposal's seed derive from it.
         direction: ``"min"`` or ``"max"``.
         payload: Makes the payload of a trial's job from the trial and its proposal.
         discovery: Payload of the ``discover`` job, or None if the journal already has the space.
         on_preflight: Called once with the preflight's findings, before any other trial starts.
+        confirm: The trainings that shall follow the search, worked out from its ended trials alone; those that
+            a study has already are not repeated.
     """
 
     def __init__(
@@ -102,18 +85,21 @@ class Driver:
         payload: Callable[[Trial, dict[str, Any] | None], dict[str, Any]],
         discovery: dict[str, Any] | None,
         on_preflight: Callable[[dict[str, Any]], None],
+        confirm: Callable[[Sequence[Trial]], Sequence[Trial]] = lambda _: (),
         watcher: Watcher | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._trials, self._seed, self._direction = trials, seed, direction
         self._journal, self._sampler, self._executor, self._judge = journal, sampler, executor, judge
         self._payload, self._discovery, self._on_preflight = payload, discovery, on_preflight
+        self._confirm, self._confirming = confirm, False
         self._watcher: Watcher = watcher or Silent()
         self._clock = clock
         self._space: Space | None = None if discovery is not None else journal.space()
         self._free: list[Slot] = list(executor.slots)
         self._running: dict[str, _Running] = {}
         self._requeued: list[Trial] = []
+        self._planned: list[Trial] = []  # confirmations, which begin once the search has ended
         self._reports: list[Report] = []
         self._flushed = 0.0
         first = journal.history()[:1]
@@ -141,7 +127,10 @@ class Driver:
         while True:
             self._fill()
             if not self._running and (self._space is not None or self._discovery is None) and not self._more():
-                break
+                if self._confirming:
+                    break
+                self._plan_confirmations()
+                continue
             for event in self._executor.poll(0.25):
                 self._handle(event)
             self._flush()
@@ -158,7 +147,16 @@ class Driver:
                 self._requeued.append(trial)
 
     def _more(self) -> bool:
-        return bool(self._requeued) or (not self._exhausted and len(self._journal.history()) < self._trials)
+        return bool(self._requeued or self._planned) or self._searching()
+
+    def _searching(self) -> bool:
+        return not self._exhausted and len(searched(self._journal.history())) < self._trials
+
+    def _plan_confirmations(self) -> None:
+        history = self._journal.history()
+        known = {(trial.confirms, trial.seed) for trial in history}
+        self._planned = [trial for trial in self._confirm(history) if (trial.confirms, trial.seed) not in known]
+        self._confirming = True
 
     def _fill(self) -> None:
         while self._free and self._more():
@@ -171,6 +169,9 @@ class Driver:
                 waiting = self._requeued.pop(0)
                 self._start(dataclasses.replace(waiting, attempt=waiting.attempt + 1))
                 continue
+            if self._planned:
+                self._start(dataclasses.replace(self._planned.pop(0), number=number))
+                continue
             trial = self._proposed(number)
             if trial is None and self._running:  # what runs may yet ask for more, in its fit for instance
                 self._starved = self._journal.length
@@ -182,12 +183,14 @@ class Driver:
             self._start(trial)
 
     def _proposed(self, number: int) -> Trial | None:
-        seed = seed_for(self._seed, number)
+        # Of the search alone: a study that is extended after its confirmations goes on as a longer one would have.
+        place = len(searched(self._journal.history()))
+        seed = seed_for(self._seed, place)
         if number == 0:
             return Trial(0, seed=seed)
         assert self._space is not None
         length = self._journal.length
-        proposal = proposal_for(self._sampler, self._journal.history(), self._space, self._seed, number)
+        proposal = proposal_for(self._sampler, self._journal.history(), self._space, self._seed, place)
         if proposal is None:
             return None
         return Trial(number, params=proposal.params, memo=proposal.memo, seed=seed, history_length=length)
@@ -345,10 +348,10 @@ class Driver:
             ended = self._ended(running, verdict, params)
             self._journal.finish(ended)
             if verdict is not None and verdict.guard is not None:
-                self._journal.guard(trial.number, trial.attempt, verdict.guard, {"losses": verdict.guard_losses})
+                self._journal.guard(trial.number, trial.attempt, verdict.guard, verdict.evidence)
         if verdict is not None:
             self._failures = 0
-        else:
+        elif trial.confirms is None:
             self._failures += ended.reason != "lost"
         del self._running[f"trial-{trial.number}-{trial.attempt}"]
         self._free.append(running.slot)
@@ -402,5 +405,8 @@ class Driver:
 def proposal_for(
     sampler: Sampler, history: Sequence[Trial], space: Space, study_seed: int, number: int
 ) -> Proposal | None:
-    """The proposal for trial ``number`` after ``history``; a pure function, so that any proposal can be made again."""
-    return propose(sampler, history, space, seed_for(study_seed, number, "proposal"))
+    """The proposal for the search's trial ``number`` after ``history``, which anybody can so make again.
+
+    Confirmations are no part of the search, so no sampler sees them.
+    """
+    return propose(sampler, searched(history), space, seed_for(study_seed, number, "proposal"))

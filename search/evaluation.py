@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from search import jobs, scoring, statistics
+from search import jobs, picture, scoring, statistics, verdicts, winner
 from search.data import SealedRows
-from search.driver import Silent, Watcher
 from search.errors import RequestError, StudyError
 from search.executors import Executor, Job
+from search.freezing import freeze, predict_file
 from search.journal import Journal
 from search.ledger import Ledger
 from search.problem import Problem
+from search.report import report
 from search.study import Study, locked
-from search.trial import Trial, TrialState, best
+from search.trial import Trial, best, searched
+from search.watcher import Silent, Watcher
 
-LEVEL = 0.95
+PICTURE = "guard.png"
 
 
-def evaluate(study: Study, *, watcher: Watcher | None = None) -> dict[str, Any]:
+def evaluate(study: Study, *, final: str | None = None, watcher: Watcher | None = None) -> dict[str, Any]:
     """Open the sealed test rows for a study's winner and baseline, counted; see README, "The test step".
 
     The same frozen selection is answered from the ledger's record and opens nothing.
+
+    Args:
+        final: ``"retrain"`` refits winner and baseline on train, validation and guard rows first.
 
     Raises:
         StudyError: If the study is not complete.
@@ -38,6 +42,8 @@ def evaluate(study: Study, *, watcher: Watcher | None = None) -> dict[str, Any]:
             f"only a complete study can be evaluated, but {study.name!r} is {study.state}; `heldout resume "
             f"{study.name}` first"
         )
+    if final not in (None, "retrain"):
+        raise RequestError(f"--final must be retrain when a test set is opened, but got {final!r}")
     watcher = watcher or Silent()
     problem = Problem(**study.meta("prepared")["problem"])
     with locked(study.folder):
@@ -45,14 +51,41 @@ def evaluate(study: Study, *, watcher: Watcher | None = None) -> dict[str, Any]:
         try:
             slots = jobs.one_slot()
             with jobs.start_executor(slots, problem, study.folder, None) as executor:
-                found = open_test(study.folder, journal, executor, watcher, again=True)
+                final = final or study.meta("study")["config"].get("final")
+                conclude(study.folder, journal, executor, watcher, opening="yes", final=final)
             jobs.publish(study.folder, journal, watcher)
+            found: dict[str, Any] = journal.get("evaluation")
         finally:
             journal.close()
     return found
 
 
-def open_test(folder: Path, journal: Journal, executor: Executor, watcher: Watcher, *, again: bool) -> dict[str, Any]:
+def conclude(
+    folder: Path, journal: Journal, executor: Executor, watcher: Watcher, *, opening: str, final: str | None
+) -> None:
+    """End a study: choose the winner, test it if those rows may be opened, and say what to believe.
+
+    Puts ``selection`` (see ``winner.select``), ``evaluation`` (see ``open_test``) and ``summary`` in the journal.
+
+    Args:
+        opening: ``"auto"`` opens rows that nobody has opened, ``"yes"`` others too, ``"no"`` none.
+        final: ``"retrain"`` or None.
+    """
+    if not any(trial.score is not None for trial in journal.history()):
+        journal.put("evaluation", {"opened": False, "why": "no trial completed, so there is nothing to test"})
+        return
+    watcher.say("choosing the winner by validation and guard rows")
+    journal.put("selection", winner.select(folder, journal))
+    if opening != "no":
+        open_test(folder, journal, executor, watcher, again=opening == "yes", final=final)
+        _draw(folder, journal)
+    found = report(Study(folder.name, folder.parent.parent))
+    journal.put("summary", {"believe": found["believe"], "picture": found["picture"]})
+
+
+def open_test(
+    folder: Path, journal: Journal, executor: Executor, watcher: Watcher, *, again: bool, final: str | None
+) -> dict[str, Any]:
     """Freeze winner and baseline, and score both on the test rows if those may be opened.
 
     Args:
@@ -60,48 +93,57 @@ def open_test(folder: Path, journal: Journal, executor: Executor, watcher: Watch
 
     Returns:
         What is put in the journal under ``evaluation``: ``opened``, and either ``why`` not, or
-        ``opening`` (the how-manieth of these rows), ``winner``, ``baseline``, ``difference``, ``gap``, ``verdicts``.
+        ``opening`` (the how-manieth of these rows), ``alpha``, ``winner``, ``baseline``, ``difference``, ``gap``,
+        ``verdicts``.
     """
-    prepared = journal.get("prepared")
-    winner = best(journal.history())
-    if winner is None:
-        return _record(
-            journal,
-            {"opened": False, "why": "no trial completed, so there is nothing to test", "openings": None},
-        )
+    prepared, selection = journal.get("prepared"), journal.get("selection")
     watcher.say("freezing the selection")
-    frozen = freeze(folder, journal, executor, watcher, winner)
-    sealed = SealedRows(Path(prepared["sealed"]))
+    frozen = freeze(folder, journal, executor, watcher, final)
+    sealed, fingerprint = SealedRows(Path(prepared["sealed"])), prepared["manifest"]["fingerprint"]
+    hashes, prior = sealed.row_hashes(), prepared["manifest"]["prior_openings"]
     ledger = Ledger()
     ledger.verify()
     recorded = ledger.find(frozen["digest"])
     if recorded is not None:
         watcher.say("this selection was tested before: its recorded answer stands, and nothing was opened")
         return _record(journal, recorded)
-    earlier = ledger.openings(sealed.row_hashes(), prepared["manifest"]["fingerprint"])
+    earlier = ledger.openings(hashes, fingerprint, prior=prior)
     if earlier and not again:
         return _record(journal, {"opened": False, "why": _used(earlier, folder.name), "openings": earlier})
+    space = prepared["problem"]["path"]
+    if not earlier and (changed := ledger.changed(space, hashes, fingerprint)):
+        watcher.say(
+            f"{space} opened other test rows before ({len(changed)} openings); if these are the same rows rescaled or "
+            "re-encoded, say so: give ids= in load(), or prior_openings="
+        )
     entry = {
         "study": folder.name,
         "study_id": journal.get("study")["study_id"],
-        "fingerprint": prepared["manifest"]["fingerprint"],
+        "space": space,
+        "fingerprint": fingerprint,
         "frozen": frozen["digest"],
         "models": {role: item["sha256"] for role, item in frozen["models"].items()},
-        "alpha": round(1 - LEVEL, 6),
         "purpose": "winner against baseline",
         "time": time.time(),
     }
     # A first opening must still be the first when it is entered: another study may be opening the same rows.
-    number = ledger.append(entry, sealed.row_hashes(), expected=None if again else 1)
+    number = ledger.append(entry, hashes, expected=None if again else 1, prior=prior, alpha=verdicts.alpha)
     watcher.say(f"opening the sealed test rows (opening {number} of these rows)")
-    result = _scored(folder, prepared, frozen, sealed, executor, watcher) | {
-        "opened": True,
-        "opening": number,
-    }
-    if number > 1:
-        result["verdicts"].append("REUSED_TEST_SET")
+    result = _scored(folder, prepared, frozen, selection, sealed, executor, watcher, number)
     ledger.record_result(number, frozen["digest"], result)
     return _record(journal, result)
+
+
+def _draw(folder: Path, journal: Journal) -> None:
+    """The picture of the study; with guard scores in it, so only after the freeze."""
+    guards = {number: score for (number, _), (score, _) in sorted(journal.guards().items())}
+    series = []
+    leader: Trial | None = None
+    for trial in searched(journal.history()):
+        leader = best([trial] if leader is None else [leader, trial]) or leader
+        if leader is not None and leader.score is not None:
+            series.append((trial.number, leader.score, guards.get(leader.number)))
+    picture.draw(folder / PICTURE, report(Study(folder.name, folder.parent.parent)), series)
 
 
 def _used(earlier: int, study: str) -> str:
@@ -117,169 +159,101 @@ def _record(journal: Journal, found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def freeze(folder: Path, journal: Journal, executor: Executor, watcher: Watcher, winner: Trial) -> dict[str, Any]:
-    """Write winner and baseline as the files that will be tested and exported, and hash them.
-
-    Returns:
-        ``models`` (role to trial, path, sha256, declaration, custom), ``objective``, ``analysis``, and
-        ``digest`` over all of it.
-    """
-    known: dict[str, Any] | None = journal.get("frozen")
-    if known is not None and known["models"]["winner"]["trial"] == winner.number:
-        return intact(known)
-    baseline = next((t for t in journal.history() if t.number == 0 and t.state is TrialState.COMPLETE), None)
-    place = folder / "frozen"
-    place.mkdir(exist_ok=True)
-    models: dict[str, Any] = {}
-    for role, trial in (("winner", winner), ("baseline", baseline)):
-        if trial is not None and role == "baseline" and trial.number == winner.number:
-            models[role] = models["winner"]
-        elif trial is not None:
-            path = place / f"trial-{trial.number:04d}.keras"
-            built = build_file(journal, executor, watcher, trial, path)
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            models[role] = {"trial": trial.number, "path": str(path), "sha256": digest} | built
-    frozen = {
-        "models": models,
-        "objective": journal.get("prepared")["objective"],
-        "fingerprint": journal.get("prepared")["manifest"]["fingerprint"],
-        "analysis": {"level": LEVEL, "comparison": "paired"},
-    }
-    frozen["digest"] = hashlib.sha256(json.dumps(frozen, sort_keys=True).encode()).hexdigest()
-    journal.put("frozen", frozen)
-    return frozen
-
-
-def intact(frozen: dict[str, Any]) -> dict[str, Any]:
-    """The frozen selection, if its files are still those that were frozen.
-
-    Raises:
-        RequestError: Otherwise.
-    """
-    for item in frozen["models"].values():
-        path = Path(item["path"])
-        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != item["sha256"]:
-            raise RequestError(
-                f"the frozen model {path} is missing or was changed after it was frozen; restore it from a copy"
-            )
-    return frozen
-
-
-def build_file(
-    journal: Journal,
-    executor: Executor,
-    watcher: Watcher,
-    trial: Trial,
-    path: Path,
-    saved_model: Path | None = None,
-) -> dict[str, Any]:
-    """Write one trial's model, preprocessing included, as a ``.keras`` file.
-
-    Raises:
-        RequestError: If the recorded parameters no longer build the recorded model.
-    """
-    prepared, space = journal.get("prepared"), journal.space()
-    payload = jobs.base_payload(prepared, path.parent) | {
-        "seed": trial.seed,
-        "proposal": space.proposal(trial.params),
-        "weights": trial.extra["weights"],
-        "out": str(path),
-        "saved_model": None if saved_model is None else str(saved_model),
-    }
-    job = Job(f"export-{trial.number}", "export", payload, log=str(path.parent / "export.log"))
-    built = jobs.call(executor, job, watcher, slot=executor.slots[0])
-    asked = space.grown(built["asks"]).params_of(built["asks"])
-    # What only fit or callbacks asked for, such as a batch size, is not asked for when a model is only built.
-    if asked != {key: trial.params.get(key) for key in asked}:
-        raise RequestError(
-            f"trial {trial.number} had the parameters {dict(trial.params)}, but its space now asks for {asked}"
-        )
-    return {"declaration": built["declaration"], "custom": built["custom"], "size": built["size"]}
-
-
-def predict_file(
-    executor: Executor,
-    watcher: Watcher,
-    prepared: dict[str, Any],
-    models: dict[str, Any],
-    tier: str,
-    folder: Path,
-    features: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Predict one tier with written model files in a process of its own.
-
-    Returns:
-        ``predictions`` (model name to paths of ``.npy``, one per output) and ``batch_size``.
-    """
-    payload = {
-        "problem": prepared["problem"],
-        "custom": any(item["custom"] for item in models.values()),
-        "models": {name: item["path"] for name, item in models.items()},
-        "tier": tier,
-        "rows": prepared["rows"],
-        "features": features,
-        "folder": str(folder),
-    }
-    job = Job(f"predict-{tier}", "predict", payload, log=str(folder / "predict.log"))
-    return jobs.call(executor, job, watcher, slot=executor.slots[0])
-
-
 def _scored(
     folder: Path,
     prepared: dict[str, Any],
     frozen: dict[str, Any],
+    selection: dict[str, Any],
     sealed: SealedRows,
     executor: Executor,
     watcher: Watcher,
+    opening: int,
 ) -> dict[str, Any]:
     """Score and compare the frozen models on the test rows."""
-    declaration = frozen["models"]["winner"]["declaration"]
-    metric = scoring.resolve(frozen["objective"], declaration)
+    models, manifest = frozen["models"], prepared["manifest"]
+    alpha = verdicts.alpha(opening)
+    metric = scoring.resolve(frozen["objective"], models["winner"]["declaration"])
     files = predict_file(
-        executor, watcher, prepared, frozen["models"], "test", folder / "frozen", sealed.feature_files("test")
+        executor, watcher, prepared, models, "test", folder / "frozen", sealed.feature_files("test")
     )["predictions"]
-    if metric.kind == "custom":
-        return _custom_scored(prepared, frozen, files, sealed, executor, watcher)
-    labels, groups, ordered = sealed.labels("test"), sealed.groups("test"), prepared["manifest"]["ordered"]
-    inputs = {}
     out: dict[str, Any] = {
+        "opened": True,
+        "opening": opening,
+        "alpha": alpha,
+        "level": None if metric.is_custom else 1 - alpha,
         "objective": frozen["objective"],
-        "rows": prepared["manifest"]["tiers"]["test"],
-        "level": LEVEL,
-        "verdicts": [],
+        "rows": manifest["tiers"]["test"],
+        "final": frozen["final"],
+        "baseline": None,
+        "difference": None,
+        "beats_baseline": None,
+        "gap": None,
     }
+    is_baseline = "baseline" in models and models["baseline"]["trial"] == models["winner"]["trial"]
+    if metric.is_custom:
+        out |= _by_keras(prepared, frozen, files, sealed, executor, watcher)
+    else:
+        out |= _with_intervals(prepared, frozen, selection, files, sealed, alpha)
+    if is_baseline:
+        out["beats_baseline"] = False
+    interval = out["difference"] and tuple(out["difference"]["interval"])
+    gap = None if out["gap"] is None else verdicts.Gap(**out["gap"])
+    out["verdicts"] = verdicts.judge(
+        gap=gap,
+        ordered=manifest["ordered"],
+        gain=interval,
+        is_baseline=is_baseline,
+        opening=opening,
+        custom=metric.is_custom,
+    )
+    return out
+
+
+def _with_intervals(
+    prepared: dict[str, Any],
+    frozen: dict[str, Any],
+    selection: dict[str, Any],
+    files: dict[str, list[str]],
+    sealed: SealedRows,
+    alpha: float,
+) -> dict[str, Any]:
+    labels, level = sealed.labels("test"), 1 - alpha
+    rows: dict[str, Any] = {"groups": sealed.groups("test"), "ordered": prepared["manifest"]["ordered"]}
+    inputs: dict[str, scoring.Score] = {}
+    out: dict[str, Any] = {}
     for role, item in frozen["models"].items():
         metric = scoring.resolve(frozen["objective"], item["declaration"])
         predictions = [np.load(path, allow_pickle=False) for path in files[role]]
         names = [output["name"] for output in item["declaration"]["outputs"]]
         inputs[role] = scoring.score(metric, item["declaration"], predictions, scoring.in_order(labels, names))
-        interval = statistics.test_interval(inputs[role], level=LEVEL, groups=groups, ordered=ordered)
+        interval = statistics.test_interval(inputs[role], level=level, **rows)
         out[role] = {
             "trial": item["trial"],
             "score": inputs[role].value,
             "interval": [interval.low, interval.high],
             "method": interval.method,
         }
-    out.setdefault("baseline", None)
-    if "baseline" in inputs and frozen["models"]["baseline"]["trial"] != frozen["models"]["winner"]["trial"]:
-        pair = (inputs["winner"], inputs["baseline"])
-        difference = statistics.paired_difference(*pair, level=LEVEL, groups=groups, ordered=ordered)
+    corrected = selection["corrected"]
+    if corrected["interval"] is not None and frozen["final"] is None:  # a refitted model is another one
+        errors = (selection["winner"]["guard_error"], statistics.standard_error(inputs["winner"], **rows))
+        found = verdicts.gap(corrected["estimate"], inputs["winner"].value, *errors, prepared["direction"])
+        out["gap"] = {"gap": found.gap, "z": found.z, "smallest": found.smallest}
+    if "baseline" in inputs and out["baseline"]["trial"] != out["winner"]["trial"]:
+        difference = statistics.paired_difference(inputs["winner"], inputs["baseline"], level=level, **rows)
+        # Half the interval over its z; asymmetric ones give their mean.
+        error = (difference.high - difference.low) / (2 * NormalDist().inv_cdf(1 - alpha / 2))
         out["difference"] = {
             "gain": difference.estimate,
             "interval": [difference.low, difference.high],
             "method": difference.method,
             "p": difference.p,
+            "smallest": verdicts.smallest_gain(error, alpha),
         }
         out["beats_baseline"] = bool(difference.low > 0)
-    else:
-        out["difference"] = None
-        out["beats_baseline"] = False if "baseline" in inputs else None
-    if out["beats_baseline"] is False:
-        out["verdicts"].append("NO_GAIN_SHOWN")
     return out
 
 
-def _custom_scored(
+def _by_keras(
     prepared: dict[str, Any],
     frozen: dict[str, Any],
     files: dict[str, list[str]],
@@ -295,20 +269,8 @@ def _custom_scored(
         "sets": {role: {"predictions": files[role], "labels": labels} for role in frozen["models"]},
     }
     values = jobs.call(executor, Job("score-test", "score", payload), watcher, executor.slots[0])["values"]
-    out: dict[str, Any] = {
-        "objective": frozen["objective"],
-        "rows": prepared["manifest"]["tiers"]["test"],
-        "level": None,
+    method = "none: only Keras can compute this metric"
+    return {
+        role: {"trial": item["trial"], "score": values[role], "interval": None, "method": method}
+        for role, item in frozen["models"].items()
     }
-    for role, item in frozen["models"].items():
-        out[role] = {
-            "trial": item["trial"],
-            "score": values[role],
-            "interval": None,
-            "method": "none: the metric is the module's own",
-        }
-    return (
-        out
-        | {"difference": None, "beats_baseline": None, "verdicts": ["NO_INTERVAL_FOR_THIS_METRIC"]}
-        | ({} if "baseline" in out else {"baseline": None})
-    )

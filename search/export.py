@@ -11,19 +11,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from search import final as refits
 from search import jobs, publishing, scoring
-from search.driver import Silent, Watcher
 from search.errors import RequestError, StudyError
-from search.evaluation import build_file, intact, predict_file
 from search.executors import Executor, Job
+from search.freezing import build_file, intact, predict_file
 from search.journal import Journal
 from search.judge import RowJudge
 from search.problem import Problem
 from search.report import number
 from search.study import Study
 from search.trial import Trial, TrialState, best
+from search.watcher import Silent, Watcher
 
 FORMATS = ("keras", "saved_model")
+FINALS = (None, "all")
 
 
 def export(
@@ -31,6 +33,7 @@ def export(
     out: str | os.PathLike[str],
     *,
     trial: int | None = None,
+    final: str | None = None,
     format: str = "keras",
     register: str | None = None,
     watcher: Watcher | None = None,
@@ -38,11 +41,14 @@ def export(
     """Write a trial's model to a folder: ``model.keras``, ``lineage.json``, ``MODEL_CARD.md`` and the space's source.
 
     Every score in it is computed from the exported file. A test score is there only for a model that
-    was frozen and tested; exporting opens no seal.
+    was frozen and tested; exporting makes none, so it counts as no opening.
 
     Args:
         out: A new or empty folder.
-        trial: Number of the trial; None for the best, or the tested winner once there is one.
+        trial: Number of a trial, whose model is exported as the search made it; None for the winner, which is the
+            refitted model in a study that was launched with ``final="retrain"``.
+        final: ``"all"`` trains the configuration anew on every row, test rows included. No score applies to that
+            model, and lineage and card have none for it.
         format: ``"keras"``, or ``"saved_model"`` to add TensorFlow's format beside it.
         register: Name in MLflow's registry; the new version gets the alias ``champion``.
 
@@ -50,8 +56,16 @@ def export(
         The lineage.
 
     Raises:
-        RequestError: If the folder has files in it, the trial has no model, or the format is unknown.
+        RequestError: If the folder has files in it, the trial has no model, the format is unknown, or every row is
+            asked for before the study is complete.
     """
+    if final not in FINALS:
+        raise RequestError(f"--final must be all, but got {final!r}; `heldout launch` has --final retrain")
+    if final == "all" and study.state != "COMPLETE":
+        raise StudyError(
+            f"only a complete study can be refitted on its sealed rows, but {study.name!r} is {study.state}; "
+            f"`heldout resume {study.name}` first"
+        )
     if format not in FORMATS:
         raise RequestError(f"--format must be one of {', '.join(FORMATS)}, but got {format!r}")
     folder = Path(out).expanduser().absolute()
@@ -63,19 +77,22 @@ def export(
         prepared = journal.get("prepared")
         uri = publishing.uri_of(journal.get("study")) if register is not None else ""
         with _beside(folder) as scratch:
+            made = Path(scratch) / "out"
+            made.mkdir()
             with jobs.start_executor(jobs.one_slot(), Problem(**prepared["problem"]), Path(scratch), None) as executor:
-                lineage = _written(study, journal, executor, watcher, chosen, Path(scratch) / "out", format)
+                model = _built(journal, executor, watcher, chosen, made / "model.keras", final, trial is not None)
+                lineage = _written(study, journal, executor, watcher, chosen, model, format)
                 if register is not None:
                     watcher.say(f"registering {register}")
-                    asked = {"problem": prepared["problem"], "path": str(Path(scratch) / "out" / "model.keras")}
+                    asked = {"problem": prepared["problem"], "path": str(made / "model.keras")}
                     asked |= {"name": register, "uri": uri, "lineage": lineage}
                     job = Job("register", "register", asked, env=publishing.MLFLOW_ENVIRONMENT)
                     done = jobs.call(executor, job, watcher, executor.slots[0])
                     lineage["registered"] = done["registered"]
-                    _write_json(Path(scratch) / "out" / "lineage.json", lineage)
+                    _write_json(made / "lineage.json", lineage)
             if folder.exists():
                 folder.rmdir()
-            os.replace(Path(scratch) / "out", folder)
+            os.replace(made, folder)
     return lineage
 
 
@@ -89,15 +106,17 @@ def _beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def _chosen(study: Study, journal: Journal, number: int | None) -> Trial:
+    """The trial asked for; else the tested winner, else the selected one, else the best."""
     trials = journal.history()
+    known = {t.number: t for t in trials}
     if number is None:
-        frozen = journal.get("frozen")
-        tested = (journal.get("evaluation") or {}).get("opened") and frozen is not None
-        found = trials[frozen["models"]["winner"]["trial"]] if tested else best(trials)
+        tested = (journal.get("evaluation") or {}).get("opened")
+        picked = journal.get("frozen")["models"] if tested else journal.get("selection") or {}
+        winner = picked.get("winner")
+        found = best(trials) if winner is None else known[winner["trial"]]
         if found is None:
             raise StudyError(f"no trial of study {study.name!r} has completed, so there is no model to export")
         return found
-    known = {t.number: t for t in trials}
     if number not in known:
         raise StudyError(f"study {study.name!r} has no trial {number}; its trials are 0 to {max(known, default=0)}")
     if known[number].state is not TrialState.COMPLETE:
@@ -105,39 +124,98 @@ def _chosen(study: Study, journal: Journal, number: int | None) -> Trial:
     return known[number]
 
 
-def _written(
-    study: Study, journal: Journal, executor: Executor, watcher: Watcher, trial: Trial, out: Path, format: str
+def _built(
+    journal: Journal,
+    executor: Executor,
+    watcher: Watcher,
+    trial: Trial,
+    path: Path,
+    final: str | None,
+    by_number: bool,
 ) -> dict[str, Any]:
-    out.mkdir()
+    """Write the trial's model to ``path``: refitted on every row, the frozen file, or rebuilt around its weights.
+
+    Args:
+        by_number: The trial was asked for by its number, so a frozen refit of it is not meant.
+
+    Returns:
+        What is known of the file: ``path``, ``declaration``, ``custom``, ``size``; ``tested``, its test score or
+        None; and of a refit ``final``, ``epochs`` and ``rows``. One on every row has instead of ``tested`` the
+        scores of the model that the search made, ``before``.
+    """
+    frozen = intact(journal.get("frozen") or {"models": {}})["models"]
+    mine = {role: item for role, item in frozen.items() if item["trial"] == trial.number}
+    roles = [role for role, item in mine.items() if not (by_number and item.get("final"))]
+    tested = _tested(journal, roles[0]) if roles else None
+    if final == "all":
+        epochs = refits.epochs_for(refits.runs(journal.history(), trial))
+        count = sum(journal.get("prepared")["manifest"]["tiers"].values())
+        watcher.say(
+            f"refitting trial {trial.number} on all {count} rows for {epochs} epochs; the test rows are trained on "
+            "too, so they cannot test this model, and this is no opening of them"
+        )
+        built = refits.refit(journal, executor, watcher, trial, path, tiers=refits.ALL, epochs=epochs)
+        before: dict[str, Any] = {"validation": {"score": trial.score}}
+        guard = journal.guards().get((trial.number, trial.attempt))
+        before |= {} if guard is None else {"guard": {"score": guard[0]}}
+        before |= {} if tested is None else {"test": tested}
+        return built | {"path": str(path), "final": "all", "before": before}
+    if roles:
+        known: dict[str, Any] = mine[roles[0]]
+        shutil.copyfile(known["path"], path)
+        return known | {"path": str(path), "tested": tested}
+    watcher.say(f"building the model of trial {trial.number}")
+    return build_file(journal, executor, watcher, trial, path) | {"path": str(path), "tested": None}
+
+
+def _tested(journal: Journal, role: str) -> dict[str, Any] | None:
+    """The test score of a frozen model from its one opening, or None if there was none."""
+    evaluation, frozen = journal.get("evaluation") or {}, journal.get("frozen")["models"][role]
+    found = evaluation.get(role) if evaluation.get("opened") else None
+    refitted = frozen.get("final")
+    if found is None or (found["trial"], evaluation.get("final")) != (frozen["trial"], refitted):
+        return None
+    return (
+        {key: found[key] for key in ("score", "interval", "method")}
+        | {key: evaluation[key] for key in ("level", "opening", "rows")}
+        | ({} if refitted is None else {"final": refitted})
+    )
+
+
+def _written(
+    study: Study,
+    journal: Journal,
+    executor: Executor,
+    watcher: Watcher,
+    trial: Trial,
+    model: dict[str, Any],
+    format: str,
+) -> dict[str, Any]:
+    """Write everything that goes with the model file; the lineage."""
     prepared, meta = journal.get("prepared"), journal.get("study")
-    frozen = {item["trial"]: item for item in intact(journal.get("frozen") or {"models": {}})["models"].values()}
-    path = out / "model.keras"
-    saved = out / "saved_model" if format == "saved_model" else None
-    if trial.number in frozen and saved is None:
-        shutil.copyfile(frozen[trial.number]["path"], path)
-        built = frozen[trial.number]
-    else:
-        watcher.say(f"building the model of trial {trial.number}")
-        built = build_file(journal, executor, watcher, trial, path, saved)
-        if trial.number in frozen:  # the tested file itself, not one rebuilt beside the other format
-            shutil.copyfile(frozen[trial.number]["path"], path)
+    out = Path(model["path"]).parent
+    if format == "saved_model":  # from the file itself, so that both are one model
+        asked = {"problem": prepared["problem"], "path": model["path"], "custom": model["custom"]}
+        asked |= {"folder": str(out / "saved_model")}
+        jobs.call(executor, Job("saved-model", "saved_model", asked), watcher, executor.slots[0])
     for left in out.glob("*.log"):
         left.unlink()
+    final = model.get("final")
+    trained = {"final": final, "epochs": model["epochs"], "rows": model["rows"]} if final else None
     lineage = {
         "study": study.name,
         "study_id": meta["study_id"],
         "trial": trial.number,
         "params": dict(trial.params),
         "seed": trial.seed,
-        "epochs": trial.epochs,
-        "best_epoch": trial.best_epoch,
-        "weights": built["size"],
+        **(trained or {"epochs": trial.epochs, "best_epoch": trial.best_epoch}),
+        "weights": model["size"],
         "space": {key: meta["space"][key] for key in ("name", "digest")},
         "data": meta["data"],
         "versions": meta["versions"],
-        "custom_objects": built["custom"],
+        "custom_objects": model["custom"],
         "objective": meta["objective"],
-        **_scores(journal, executor, watcher, prepared, built | {"path": str(path)}, trial.number),
+        **_scores(journal, executor, watcher, prepared, model),
         "exported": datetime.now(UTC).isoformat(timespec="seconds"),
         "format": format,
     }
@@ -148,15 +226,13 @@ def _written(
 
 
 def _scores(
-    journal: Journal,
-    executor: Executor,
-    watcher: Watcher,
-    prepared: dict[str, Any],
-    model: dict[str, Any],
-    number: int,
+    journal: Journal, executor: Executor, watcher: Watcher, prepared: dict[str, Any], model: dict[str, Any]
 ) -> dict[str, Any]:
-    """``scores`` of the exported file by tier (test: from its one opening), and the ``batch_size`` they "
-    "were made with."""
+    """The scores of the exported file by tier, and the ``batch_size`` that they were made with.
+
+    ``scores`` has no tier that the model was trained on. A model that was trained on every row has no ``scores``; the
+    scores of the search's model are under ``refitted_from`` then.
+    """
     meta = journal.get("study")
     judge = RowJudge(Path(prepared["rows"]), Path(prepared["sealed"]), meta["objective"], prepared["problem"])
     metric = scoring.resolve(meta["objective"], model["declaration"])
@@ -165,11 +241,13 @@ def _scores(
     with tempfile.TemporaryDirectory(prefix="heldout-score-") as scratch:
         for tier in ("validation", "guard"):
             found = predict_file(executor, watcher, prepared, {"model": model}, tier, Path(scratch))
+            if model.get("final"):  # seen to load and predict in another process; a score would mean nothing
+                break
             result = {"predictions": {tier: found["predictions"]["model"]}, "declaration": model["declaration"]}
-            if metric.kind != "custom":
+            if not metric.is_custom:
                 scores[tier] = {"score": judge.score(tier, metric, result).value}
             files[tier] = found["predictions"]["model"]
-        if metric.kind == "custom":
+        if metric.is_custom and files:
             asked = {
                 "problem": prepared["problem"],
                 "objective": meta["objective"],
@@ -178,15 +256,10 @@ def _scores(
             job = Job("score-export", "score", asked)
             values = jobs.call(executor, job, watcher, executor.slots[0])["values"]
             scores = {tier: {"score": values[tier]} for tier in ("validation", "guard")}
-    evaluation = journal.get("evaluation") or {}
-    for role in ("winner", "baseline"):
-        tested = evaluation.get(role) if evaluation.get("opened") else None
-        if tested and tested["trial"] == number:
-            scores["test"] = {key: tested[key] for key in ("score", "interval", "method")} | {
-                "level": evaluation["level"],
-                "opening": evaluation["opening"],
-                "rows": evaluation["rows"],
-            }
+    if model.get("final") == "all":
+        return {"refitted_from": {"scores": model["before"]}, "batch_size": found["batch_size"]}
+    if model["tested"] is not None:
+        scores["test"] = model["tested"]
     return {"scores": scores, "batch_size": found["batch_size"]}
 
 
@@ -196,37 +269,13 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def card(lineage: Mapping[str, Any]) -> str:
     """A short model card in Markdown."""
-    objective = str(lineage["objective"]).removeprefix("val_")
-    scores = lineage["scores"]
-    tested = scores.get("test")
-    rows = ["| rows | " + objective + " |", "|---|---|"]
-    rows += [
-        f"| {tier} | {number(scores[tier]['score'])} |" for tier in ("validation", "guard", "test") if tier in scores
-    ]
-    if tested is None:
-        believe = (
-            "This model was not tested on held-out rows. Its validation score helped to choose it, so it flatters."
-        )
-    elif tested["interval"] is None:
-        believe = (
-            f"Believe the test score, {number(tested['score'])}: no choice was made by those rows. It has no interval."
-        )
-    else:
-        low, high = (number(end) for end in tested["interval"])
-        believe = (
-            f"Believe the test score: {number(tested['score'])}, {tested['level']:.0%} interval {low} to {high}, on "
-            f"{tested['rows']} rows that no choice was made by (opening {tested['opening']} of these rows). "
-            "The validation score helped to choose the model, so it flatters."
-        )
     custom = lineage["custom_objects"]
     first = "import space  # registers " + ", ".join(c["class"] for c in custom) + "\n" if custom else ""
     return "\n".join(
         [
             f"# {lineage['space']['name']}: trial {lineage['trial']} of study {lineage['study']}",
             "",
-            believe,
-            "",
-            *rows,
+            *_believe(lineage),
             "",
             "## Use",
             "",
@@ -240,10 +289,67 @@ def card(lineage: Mapping[str, Any]) -> str:
             "## What it is",
             "",
             *(f"- `{key}` = {number(value)}" for key, value in lineage["params"].items()),
-            f"- {lineage['weights']} weights, epoch {lineage['best_epoch']} of {lineage['epochs']}, seed "
-            f"{lineage['seed']}",
+            f"- {lineage['weights']} weights, {_trained(lineage)}, seed {lineage['seed']}",
             f"- space digest `{lineage['space']['digest'][:16]}`, data digest `{lineage['data']['digest'][:16]}`",
             f"- versions: {', '.join(f'{name} {version}' for name, version in lineage['versions'].items())}",
             "",
         ]
     )
+
+
+def _trained(lineage: Mapping[str, Any]) -> str:
+    if lineage.get("final") is None:
+        return f"epoch {lineage['best_epoch']} of {lineage['epochs']}"
+    return (
+        f"the last of {lineage['epochs']} epochs on {lineage['rows']} rows (the median of the best epochs of this "
+        "configuration's runs, since no validation rows were left to choose by)"
+    )
+
+
+def _believe(lineage: Mapping[str, Any]) -> list[str]:
+    """What is known of the model's worth, and what to believe of it."""
+    if lineage.get("final") == "all":
+        others = lineage["refitted_from"]["scores"]
+        return [
+            f"**No score applies to this model.** It was trained on all {lineage['rows']} rows, test rows included, so "
+            "none are left that could test it.",
+            "",
+            f"Trial {lineage['trial']} of the search had these parameters, and these scores. They describe another "
+            "model, which was trained on fewer rows.",
+            "",
+            *_table(lineage, others),
+        ]
+    scores = lineage["scores"]
+    tested, retrained = scores.get("test"), lineage.get("final") == "retrain"
+    if retrained:
+        chosen = (
+            f"It was trained anew on {lineage['rows']} rows, those of validation and guard among them, so scores on "
+            "these would say nothing and are left out."
+        )
+    else:
+        chosen = "The validation score helped to choose the model, so it flatters."
+    if tested is None:
+        said = ", so no score speaks for it" if retrained else ""
+        return [f"This model was not tested on held-out rows{said}. {chosen}", *_table(lineage, scores, "")]
+    only = "Only the test score speaks for this model" if retrained else "Believe the test score"
+    if tested["interval"] is None:
+        told = f"{only}: {number(tested['score'])}. No choice was made by those rows. It has no interval."
+    else:
+        low, high = (number(end) for end in tested["interval"])
+        told = (
+            f"{only}: {number(tested['score'])}, {tested['level']:.0%} interval {low} to {high}, on "
+            f"{tested['rows']} rows that no choice was made by (opening {tested['opening']} of these rows)."
+        )
+    return [f"{told} {chosen}", *_table(lineage, scores, "")]
+
+
+def _table(lineage: Mapping[str, Any], scores: Mapping[str, Any], *before: str) -> list[str]:
+    """Scores by tier as Markdown, after these lines; nothing if there are none."""
+    if not scores:
+        return []
+    lines = ["| rows | " + str(lineage["objective"]).removeprefix("val_") + " |", "|---|---|"]
+    for tier in (tier for tier in ("validation", "guard", "test") if tier in scores):
+        again = lineage.get("final") == "all" and scores[tier].get("final") == "retrain"
+        name = f"{tier} (refitted on train, validation and guard)" if again else tier
+        lines.append(f"| {name} | {number(scores[tier]['score'])} |")
+    return [*before, *lines]

@@ -113,7 +113,7 @@ class History:
         else:
             if trial.state not in TRANSITIONS[before.state]:
                 raise ValueError(f"trial {number} cannot go from {before.state} to {trial.state}")
-            for name in ("seed", "history_length", "memo"):
+            for name in ("seed", "history_length", "memo", "confirms"):
                 # By repr: a NaN in a memo is unequal to itself.
                 if repr(getattr(trial, name)) != repr(getattr(before, name)):
                     raise ValueError(f"{name} of trial {number} was recorded and cannot change")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from search import devices, publishing
-from search.driver import Watcher
 from search.errors import SpaceError, request_error
 from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot, Warned
 from search.executors.local import LocalExecutor
 from search.journal import Journal
 from search.problem import Problem
+from search.watcher import Watcher
 
 DISCOVERY_SECONDS = 20.0
 BEHIND = "MLflow has not caught up yet; `heldout resume` or `evaluate` lets it, and the journal has everything"

@@ -76,7 +76,7 @@ class Publisher:
         self._odd: dict[str, dict[tuple[str, int], Point]] = {}  # per run, points that are no finite number
         self._series_sent = 0
         self._series_at = 0.0
-        self._source_tries = 0
+        self._tries: dict[str, int] = {}  # of storing artifacts
         self._in_step = False  # what we believe that MLflow has is what it has
         self._unsure = False  # a request's outcome was not seen, so a run may exist twice
 
@@ -208,7 +208,7 @@ class Publisher:
         if had - {run.run_id for run in (*self._runs.values(), self._parent) if run is not None}:
             # MLflow has lost runs that it had: say everything again, which what it kept takes as said.
             self._points.clear()
-            self._read, self._series_sent, self._source_tries = 0, 0, 0
+            self._read, self._series_sent, self._tries = 0, 0, {}
             self._take()
         for key, trial in self._story.attempts.items():
             run = self._runs.get(key)
@@ -312,12 +312,15 @@ class Publisher:
         if self._parent.closed:
             return
         state = self._journal.get("state")
-        evaluation = self._journal.get("evaluation") or {}
+        evaluation, selection = self._journal.get("evaluation") or {}, self._journal.get("selection") or {}
+        summary = self._journal.get("summary") or {}
         points = runs.evaluation_points(evaluation, self._journal.put_at("evaluation") or 0.0)
+        points += runs.selection_points(selection, self._journal.put_at("selection") or 0.0)
         tags = {
             # Ended without a word: the driver was killed.
             runs.STATE: runs.INTERRUPTED if state == "RUNNING" else state,
-            "mlflow.note.content": runs.note(self._study, evaluation),
+            "mlflow.note.content": runs.note(self._study, summary.get("believe")),
+            **runs.conclusion_tags(selection, evaluation),
         }
         champion = self._story.champion
         if champion is not None:
@@ -325,24 +328,32 @@ class Publisher:
             tags["heldout.best_trial"] = str(champion.number)
         status = "KILLED" if state == "RUNNING" else runs.STUDY_STATUS[state]
         self._send(self._parent.run_id, points, tags=tags)
+        if summary.get("picture"):
+            run_id, picture = self._parent.run_id, summary["picture"]
+            self._store("picture", lambda: self._client.log_artifact(run_id, picture, "report"))
         self._client.set_terminated(self._parent.run_id, status, runs.optional_millis(self._journal.put_at("state")))
         self._parent.status = status
 
     def _put_source(self, parent: _Published) -> None:
-        """Stores the space's source; a server whose artifact store is not for us keeps the rest."""
+        """Stores the space's source."""
         source = self._study["space"].get("source")
-        if source is None or parent.closed or self._source_tries >= _STRIKES:
+        if source is not None and not parent.closed:
+            name = Path(self._study["space"].get("path") or "space.py").name
+            self._store("source", lambda: self._client.log_text(parent.run_id, source, f"space/{name}"))
+
+    def _store(self, what: str, put: Callable[[], Any]) -> None:
+        """Stores an artifact once; a server whose artifact store is not for us keeps the rest."""
+        if self._tries.get(what, 0) >= _STRIKES:
             return
-        self._source_tries += 1
-        name = Path(self._study["space"].get("path") or "space.py").name
+        self._tries[what] = self._tries.get(what, 0) + 1
         try:
-            self._client.log_text(parent.run_id, source, f"space/{name}")
+            put()
         except Exception as error:
-            if self._source_tries < _STRIKES:
+            if self._tries[what] < _STRIKES:
                 raise
-            _log.error("the space's source could not be stored as an artifact: %s", error)
+            _log.error("the %s could not be stored as an artifact: %s", what, error)
         else:
-            self._source_tries = _STRIKES
+            self._tries[what] = _STRIKES
 
     def _create(self, tags: Mapping[str, str], started: float | None) -> _Published:
         run = self._client.create_run(self._experiment_id, start_time=runs.optional_millis(started), tags=dict(tags))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import tempfile
@@ -11,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from search import devices, jobs
-from search.driver import Silent, Watcher
+from search import devices, jobs, verdicts
 from search.errors import SpaceError
 from search.executors import NO_GPU, Job
 from search.problem import DEFAULT_EPOCHS, find
@@ -20,6 +20,7 @@ from search.samplers import get_sampler
 from search.space import Ask, Space
 from search.study import StudyConfig, make_workspace, workspace_folder
 from search.trial import Value, seed_for
+from search.watcher import Silent, Watcher
 
 
 def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict[str, Any]:
@@ -27,8 +28,9 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
 
     Returns:
         ``space`` (parameters with their domains), ``complete`` (whether discovery finished), ``data`` (the
-        manifest of the rows), ``objective``, ``direction``, ``reported``, ``size``, ``trials``, ``slots``, ``epochs``,
-        ``epoch_seconds`` of the default model and ``estimate_seconds`` of the plan, were all trials like it.
+        manifest of the rows), ``objective``, ``direction``, ``reported``, ``disagreement``, ``size``, ``trials``, ``slots``, ``epochs``,
+        ``epoch_seconds`` of the default model and ``estimate_seconds`` of the plan, were all trials like it;
+        ``confirmation`` (how the search ends), ``shows`` (the smallest gain and gap that the test could show).
 
     Raises:
         RequestError: As ``launch`` would.
@@ -58,6 +60,8 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
             trial = time.monotonic() - ready  # a process, a model, preflight in place of prediction, two epochs
     discovered = Space.from_json(found["space"])
     epochs = config.epochs or discovered.defaults().get("epochs") or prepared["epochs"] or DEFAULT_EPOCHS
+    again, tiers = config.confirmation(), prepared["manifest"]["tiers"]
+    planned = verdicts.planned(seen["objective_kind"], tiers["guard"], tiers["test"])
     seconds = trial + (int(epochs) - 2) * seen["epoch_seconds"]
     return {
         "name": problem.name,
@@ -67,12 +71,15 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
         "objective": prepared["objective"],
         "direction": prepared["direction"],
         "reported": seen["reported"],
+        "disagreement": seen["disagreement"],
         "size": seen["size"],
         "epochs": int(epochs),
         "epoch_seconds": seen["epoch_seconds"],
         "trials": config.trials,
+        "shows": None if planned is None else dataclasses.asdict(planned),
+        "confirmation": {"finalists": again.finalists, "seeds": again.seeds, "runs": again.runs},
         "slots": len(slots),
-        "estimate_seconds": ready - began + config.trials * max(seconds, 0.0) / len(slots),
+        "estimate_seconds": ready - began + (config.trials + again.runs) * max(seconds, 0.0) / len(slots),
     }
 
 

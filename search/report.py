@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from search import publishing
+from search import belief, publishing, verdicts
 from search.domain import Domain
 from search.errors import StudyError
+from search.scoring import disagreement_line
 from search.study import Study
-from search.trial import Trial, TrialState, best
+from search.trial import Trial, TrialState, best, searched
+
+_WIDTH = 110
 
 
 def report(study: Study) -> dict[str, Any]:
-    """A study in one JSON object.
-
-    Returns:
-        ``study``, ``state``, ``objective``, ``direction``, ``trials`` (counts), ``baseline`` and ``best``
-        (``trial``, ``params``, ``validation``), ``test`` (``winner``, ``baseline``, ``interval``, ``opening``, …;
-        None while sealed, with ``sealed`` saying why), ``verdicts``, ``tracking``, ``seconds``.
-    """
+    """A study in one JSON object; its keys are listed in README, "The report"."""
     with study.journal() as journal:
         trials = journal.history()
         meta = journal.get("study") or {}
+        selection = journal.get("selection") or {}
         evaluation = journal.get("evaluation") or {}
         ended = journal.get("ended")
-    winner = best(trials)
-    count = {state: sum(t.state is state for t in trials) for state in TrialState}
+    count = {state: sum(t.state is state for t in searched(trials)) for state in TrialState}
     failures: dict[str, int] = {}
     for trial in trials:
         if trial.state is TrialState.FAILED and trial.reason:
             failures[trial.reason] = failures.get(trial.reason, 0) + 1
     tracking = publishing.read(study.folder)
-    return {
+    picture = study.folder / "guard.png"
+    found = {
         "study": study.name,
         "state": study.state,
         "ended": ended,
         "objective": meta.get("objective"),
         "direction": meta.get("direction"),
+        "proportion": bool(selection.get("proportion")),
         "sampler": meta.get("config", {}).get("sampler"),
         "trials": {
             "complete": count[TrialState.COMPLETE],
@@ -45,15 +45,24 @@ def report(study: Study) -> dict[str, Any]:
             "failed": count[TrialState.FAILED],
         },
         "failures": failures,
-        "baseline": _described(trials[0] if trials and trials[0].state is TrialState.COMPLETE else None),
-        "best": _described(winner),
-        "test": _test(evaluation, winner, str(meta.get("direction"))),
+        "best": _described(best(trials)),
+        "winner": _chosen(trials, selection.get("winner")),
+        "baseline": _chosen(trials, selection.get("baseline"))
+        or _described(trials[0] if trials and trials[0].state is TrialState.COMPLETE else None),
+        "corrected": selection.get("corrected"),
+        "noise_floor": selection.get("noise_floor"),
+        "gains": selection.get("gains"),
+        "confirmation": selection.get("confirmation"),
+        "test": _test(evaluation),
         "sealed": None if evaluation.get("opened") else evaluation.get("why"),
         "verdicts": evaluation.get("verdicts", []),
+        "final": evaluation.get("final"),
+        "picture": str(picture) if picture.exists() else None,
         "data": meta.get("data"),
         "tracking": {key: tracking.get(key) for key in ("uri", "experiment_id", "run_id")},
         "seconds": _busy(trials),
     }
+    return found | {"believe": belief.paragraph(found)}
 
 
 def _busy(trials: Sequence[Trial]) -> float:
@@ -69,26 +78,28 @@ def _described(trial: Trial | None) -> dict[str, Any] | None:
     return None if trial is None else {"trial": trial.number, "params": dict(trial.params), "validation": trial.score}
 
 
-def _test(evaluation: dict[str, Any], winner: Trial | None, direction: str) -> dict[str, Any] | None:
+def _chosen(trials: Sequence[Trial], found: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if found is None else found | {"params": dict(trials[found["trial"]].params)}
+
+
+def _test(evaluation: dict[str, Any]) -> dict[str, Any] | None:
     if not evaluation.get("opened"):
         return None
-    tested, baseline = evaluation["winner"], evaluation.get("baseline")
-    gap = None
-    if winner is not None and winner.number == tested["trial"] and winner.score is not None:
-        gap = winner.score - tested["score"] if direction == "max" else tested["score"] - winner.score
+    tested, baseline = evaluation["winner"], evaluation["baseline"]
     return {
         "winner": tested["score"],
         "baseline": baseline["score"] if baseline else None,
         "interval": tested["interval"],
         "baseline_interval": baseline["interval"] if baseline else None,
         "opening": evaluation["opening"],
+        "alpha": evaluation["alpha"],
+        "level": evaluation["level"],
         "trial": tested["trial"],
         "rows": evaluation["rows"],
-        "level": evaluation["level"],
         "method": tested["method"],
         "gain": evaluation["difference"],
         "beats_baseline": evaluation["beats_baseline"],
-        "gap": gap,
+        "gap": evaluation["gap"],
     }
 
 
@@ -102,50 +113,72 @@ def lines(found: dict[str, Any]) -> list[str]:
         out.append("failures: " + ", ".join(f"{count} {reason}" for reason, count in found["failures"].items()))
     if found["best"] is None:
         return [*out, "no trial has completed yet"]
-    best_, base = found["best"], found["baseline"]
-    out.append(f"best: trial {best_['trial']}, validation {objective} {number(best_['validation'])}")
-    out += [f"    {key} = {number(value)}" for key, value in best_["params"].items()]
-    if base is None:
+    shipped = found["winner"] or found["best"]
+    out.append(f"best validation {objective}: {number(found['best']['validation'])} (trial {found['best']['trial']})")
+    out += _confirmed(found, objective)
+    own = shipped.get("configuration", shipped["trial"])
+    again = "" if own == shipped["trial"] else f", trained again as trial {shipped['trial']}"
+    out.append(f"{'winner' if found['winner'] else 'best'}: the configuration of trial {own}{again}")
+    out += [f"    {key} = {number(value)}" for key, value in shipped["params"].items()]
+    if found["baseline"] is None:
         out.append("the baseline (trial 0, the space's defaults) has not completed, so there is none to compare with")
-    else:
-        out.append(f"baseline (the space's defaults): validation {objective} {number(base['validation'])}")
-    return out + _test_lines(found, objective)
+    out += _table(found, objective)
+    if found["picture"]:
+        out.append(f"picture: {found['picture']}")
+    if found["verdicts"]:
+        out.append(f"verdict: {', '.join(found['verdicts'])}")
+    return [*out, *textwrap.wrap(found["believe"], _WIDTH)]
 
 
-def _test_lines(found: dict[str, Any], objective: str) -> list[str]:
-    test = found["test"]
+def _confirmed(found: dict[str, Any], objective: str) -> list[str]:
+    confirmation = found["confirmation"]
+    if confirmation is None:
+        return []
+    runs = sum(len(one["trials"]) for one in confirmation["finalists"])
+    out = [
+        f"confirmed by {runs} trainings with fresh seeds ({confirmation['share']:.0%} of all training time); mean "
+        f"{objective} on validation and guard rows, and how often each would win:"
+    ]
+    for one in sorted(confirmation["finalists"], key=lambda one: -(one["wins"] or 0.0)):
+        wins = "" if one["wins"] is None else f", wins {one['wins']:.0%}"
+        failed = f", {one['failed']} failed" if one["failed"] else ""
+        out.append(f"    trial {one['configuration']}: {number(one['score'])}{wins}{failed}")
+    return out
+
+
+def _table(found: dict[str, Any], objective: str) -> list[str]:
+    """Scores of winner and baseline on the rows that they were not trained on."""
+    winner, baseline, corrected, test = found["winner"], found["baseline"], found["corrected"], found["test"]
+    if winner is None:
+        return []
+    level = "" if test is None or test["level"] is None else f" ({test['level']:.0%} interval)"
+    rows: list[tuple[str, Any, Any, Any, Any]] = [
+        (f"validation {objective}", winner["validation"], None, (baseline or {}).get("validation"), None),
+        ("guard, as it is", winner["guard"], None, (baseline or {}).get("guard"), None),
+    ]
+    if corrected["interval"] is not None:
+        title = f"guard, corrected ({corrected['level']:.0%} interval)"
+        rows.append((title, corrected["estimate"], corrected["interval"], None, None))
+    if test is not None:
+        rows.append((f"test{level}", test["winner"], test["interval"], test["baseline"], test["baseline_interval"]))
+    out = [f"{'':34}{'winner':30}baseline"]
+    for title, ours, between, theirs, their_between in rows:
+        shown = [_with_interval(ours, between), "" if theirs is None else _with_interval(theirs, their_between)]
+        out.append(f"{title:34}{shown[0]:30}{shown[1]}".rstrip())
     if test is None:
         name = found["study"]
-        return [f"test: {found['sealed'] or f'the rows are still sealed; `heldout evaluate {name}` opens them'}"]
-    out = []
-    between = "" if test["interval"] is None else f", {test['level']:.0%} interval {_interval(test['interval'])}"
-    out.append(
-        f"test {objective} of the winner: {number(test['winner'])}{between} ({test['rows']} rows, opening "
-        f"{test['opening']})"
-    )
-    if test["baseline"] is not None:
-        out.append(f"test {objective} of the baseline: {number(test['baseline'])}")
-    if test["gap"] is not None:
-        out.append(
-            f"validation flattered the winner by {number(test['gap'])} against test"
-            if test["gap"] > 0
-            else f"test is no worse than validation ({number(-test['gap'])} better)"
-        )
-    if test["gain"] is not None:
+        out.append(f"test: {found['sealed'] or f'the rows are still sealed; `heldout evaluate {name}` opens them'}")
+    elif test["gain"] is not None:
         gain = test["gain"]
-        shown = "the winner beats the baseline" if test["beats_baseline"] else "no gain over the baseline is shown"
         out.append(
-            f"{shown}: better by {number(gain['gain'])} on the same rows, {test['level']:.0%} interval "
-            f"{_interval(gain['interval'])}"
-        )
-    elif test["baseline"] is not None and test["trial"] == found["baseline"]["trial"]:
-        out.append("the winner is the baseline: no configuration did better on validation")
-    if "REUSED_TEST_SET" in found["verdicts"]:
-        out.append(
-            f"these test rows have been used {test['opening']} times: the score flatters; use fresh rows "
-            "for a final word"
+            f"gain on the {test['rows']} test rows: {number(gain['gain'])}, {test['level']:.0%} interval "
+            f"{_interval(gain['interval'])} (opening {test['opening']})"
         )
     return out
+
+
+def _with_interval(value: Any, between: list[float] | None) -> str:
+    return number(value) + ("" if between is None else f" ({_interval(between)})")
 
 
 def check_lines(found: dict[str, Any]) -> list[str]:
@@ -159,9 +192,19 @@ def check_lines(found: dict[str, Any]) -> list[str]:
         "parameters:" if found["complete"] else "parameters found within the time limit (more may follow):",
         *(f"    {key}: {_domain(domain)}" for key, domain in found["space"].items()),
         f"the model reports: {', '.join(found['reported'])}",
-        f"plan: {found['trials']} trials of up to {found['epochs']} epochs on {found['slots']} slots, "
-        f"{number(found['epoch_seconds'])} s an epoch: about {found['estimate_seconds'] / 60:.1f} minutes",
+        *([] if (line := disagreement_line(found)) is None else [f"note: {line}"]),
+        *([] if found["shows"] is None else [verdicts.planned_line(verdicts.Planned(**found["shows"]))]),
+        f"plan: {found['trials']} trials{_again(found['confirmation'])} of up to {found['epochs']} epochs on "
+        f"{found['slots']} slots, {number(found['epoch_seconds'])} s an epoch: about "
+        f"{found['estimate_seconds'] / 60:.1f} minutes",
     ]
+
+
+def _again(confirmation: dict[str, int]) -> str:
+    if not confirmation["runs"]:
+        return ""
+    best_ = "the best one" if confirmation["finalists"] == 1 else f"the best {confirmation['finalists']}"
+    return f", then {confirmation['runs']} trainings to confirm {best_} and the baseline,"
 
 
 def _domain(raw: dict[str, Any]) -> str:
@@ -170,10 +213,12 @@ def _domain(raw: dict[str, Any]) -> str:
 
 
 def status(study: Study) -> dict[str, Any]:
-    """The report, with ``planned`` trials and the numbers of those ``running``."""
+    """The report, with ``planned`` trials, the numbers of those ``running``, and how many have ``confirmed``."""
     planned = study.meta("study", {"config": {"trials": None}})["config"]["trials"]
-    running = [trial.number for trial in study.trials if not trial.state.is_finished]
-    return report(study) | {"planned": planned, "running": running}
+    trials = study.trials
+    running = [trial.number for trial in trials if not trial.state.is_finished]
+    confirmed = sum(trial.confirms is not None and trial.state.is_finished for trial in trials)
+    return report(study) | {"planned": planned, "running": running, "confirmed": confirmed}
 
 
 def status_line(found: dict[str, Any]) -> str:
@@ -181,6 +226,7 @@ def status_line(found: dict[str, Any]) -> str:
     best_, failed, done = found["best"], found["trials"]["failed"], sum(found["trials"].values())
     parts = [f"{found['study']}: {found['state'].lower()}, {done} of {found['planned']} trials"]
     parts += [f", {failed} failed"] if failed else []
+    parts += [f", {found['confirmed']} confirming trainings"] if found["confirmed"] else []
     if found["running"] and found["state"] == "RUNNING":
         parts.append(f", running {', '.join(map(str, found['running']))}")
     shown = "none yet" if best_ is None else f"{number(best_['validation'])} (trial {best_['trial']})"
@@ -209,6 +255,8 @@ def trial_lines(found: dict[str, Any]) -> list[str]:
     """One trial in plain words: what it was, its epochs, and its output."""
     score = "" if found["score"] is None else f", validation score {found['score']:.6g}"
     out = [f"trial {found['number']}: {found['state']}{score}, seed {found['seed']}, attempt {found['attempt']}"]
+    if found["confirms"] is not None:
+        out.append(f"trains the configuration of trial {found['confirms']} again, with a seed of its own")
     if found["reason"]:
         out.append(f"{found['reason']}: {found['message']}")
     out += [f"    {key} = {value}" for key, value in found["params"].items()]

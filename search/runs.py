@@ -19,6 +19,7 @@ Key = tuple[int, int]
 """(trial number, attempt): what has a run of its own, because a run's params cannot change."""
 
 STUDY_ID, TRIAL, ATTEMPT, STATE = "heldout.study_id", "heldout.trial", "heldout.attempt", "heldout.state"
+CONFIRMS = "heldout.confirms"
 NON_FINITE = "heldout.non_finite"
 INTERRUPTED = "INTERRUPTED"
 """State tag of a run whose driver ended before it did; a resumed study may yet go on with it."""
@@ -76,7 +77,7 @@ class Story:
         length: Events folded so far.
         attempts: Each attempt's trial as it stands; WAITING there means that it was given up.
         built: Attempts that have said what they asked for, so that their params are final.
-        series: Best score after each finished trial, with the number of finished trials as step.
+        series: Best score after each finished trial of the search, with the number of these as step.
         params: MLflow's names of parameters; given out in the order of events, so always the same.
     """
 
@@ -120,7 +121,7 @@ class Story:
         key = (trial.number, trial.attempt)
         self.attempts[key] = trial
         self._ran[trial.number] = trial.attempt
-        if trial.state.is_finished:
+        if trial.state.is_finished and trial.confirms is None:
             self._finished += 1
             self._champion = best([self._champion, trial] if self._champion is not None else [trial])
             if self._champion is not None and self._champion.score is not None:
@@ -153,12 +154,18 @@ def trial_tags(study: Mapping[str, Any], key: Key, trial: Trial, parent: str) ->
         STATE: TrialState.RUNNING.value,
         "mlflow.parentRunId": parent,
         # The number first: MLflow's table cuts long names, and a run stands under its study anyway.
-        "mlflow.runName": f"trial {key[0]}" + (f" · attempt {key[1] + 1}" if key[1] else "") + f" · {study['name']}",
+        "mlflow.runName": _run_name(study, key, trial),
+        **({} if trial.confirms is None else {CONFIRMS: str(trial.confirms)}),
         "heldout.seed": str(trial.seed),
         "heldout.history_length": str(trial.history_length),
         "heldout.baseline": str(key[0] == 0).lower(),
         **_common_tags(study),
     }
+
+
+def _run_name(study: Mapping[str, Any], key: Key, trial: Trial) -> str:
+    again = "" if trial.confirms is None else f" · confirms {trial.confirms}"
+    return f"trial {key[0]}{again}" + (f" · attempt {key[1] + 1}" if key[1] else "") + f" · {study['name']}"
 
 
 def trial_params(story: Story, trial: Trial) -> dict[str, str]:
@@ -211,7 +218,7 @@ def study_tags(study: Mapping[str, Any]) -> dict[str, str]:
         STUDY_ID: study["study_id"],
         STATE: "RUNNING",
         "mlflow.runName": study["name"],
-        "mlflow.note.content": note(study, {}),
+        "mlflow.note.content": note(study, None),
         **_common_tags(study),
     }
 
@@ -235,16 +242,37 @@ def evaluation_points(evaluation: Mapping[str, Any], at: float) -> list[Point]:
     return [Point(names.of(key), value, millis(at), 0) for key, value in numbers.items()]
 
 
-def note(study: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
-    """A few lines of Markdown for the head of the study's page."""
+def selection_points(selection: Mapping[str, Any], at: float) -> list[Point]:
+    """What guard rows say: the corrected estimate, the noise floor, gains, and the chosen models' scores."""
+    kept = {key: selection.get(key) for key in ("corrected", "gains")}
+    for role in ("winner", "baseline"):
+        kept[role] = {key: (selection.get(role) or {}).get(key) for key in ("validation", "guard")}
+    flat = [*_flat({"noise_floor": selection.get("noise_floor"), **{k: v or {} for k, v in kept.items()}})]
+    return [Point(key, float(value), millis(at), 0) for key, value in flat if isinstance(value, int | float)]
+
+
+def conclusion_tags(selection: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """Tags of a study that has ended: its verdicts, and the trial that is shipped."""
+    tags = {"heldout.verdicts": ", ".join(evaluation.get("verdicts") or [])}
+    if selection:
+        tags["heldout.winner"] = str(selection["winner"]["trial"])
+        tags["heldout.corrected.scope"] = selection["corrected"]["scope"]
+    return {key: value for key, value in tags.items() if value}
+
+
+def note(study: Mapping[str, Any], believe: str | None) -> str:
+    """A few lines of Markdown for the head of the study's page: what to believe first, once that is known."""
     better = "higher" if study["direction"] == "max" else "lower"
     lines = [
         f"### {study['name']}",
         f"Search of `{study['space']['name']}` for `{study['objective']}` ({better} is better). "
         "Trial 0 is the baseline. `score` is measured on validation rows.",
     ]
-    if evaluation:
-        lines.append("Metrics that begin with `test.` were measured on rows that no trial has seen.")
+    if believe is not None:
+        lines.insert(1, believe)
+        lines.append(
+            "`corrected.` is estimated from guard rows, `test.` was measured on rows that no trial has seen."
+        )
     return "\n\n".join(lines)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.errors import RequestError, StudyError
+from search.finalists import SEEDS, Confirmation, confirmation
 from search.journal import Journal
 from search.space import Space
 from search.trial import Trial, best
@@ -40,6 +41,10 @@ class StudyConfig:
         split_seed: Of the split of rows into tiers.
         study: The study's name, or None for the space's name and a number.
         epochs: Overrides the module's number of epochs.
+        confirm: Configurations that are trained again after the search, 0 for none; None for one in ten trials,
+            ten at most, while that is no more than a third of all trainings.
+        confirm_seeds: Trainings of each of them and of the baseline.
+        final: ``"retrain"`` refits winner and baseline on train, validation and guard rows before they are tested.
         evaluate: ``"auto"`` opens test rows that no study has opened, ``"yes"`` opens them again,
             ``"no"`` leaves them sealed.
         start_method: ``"fork"`` or ``"spawn"``, or None for what the platform has.
@@ -62,6 +67,9 @@ class StudyConfig:
     split_seed: int = 0
     study: str | None = None
     epochs: int | None = None
+    confirm: int | None = None
+    confirm_seeds: int = SEEDS
+    final: str | None = None
     evaluate: str = "auto"
     start_method: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -69,20 +77,30 @@ class StudyConfig:
     tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("trials", "epochs", "workers", "trials_per_gpu", "gpus_per_trial"):
+        for name in ("trials", "epochs", "workers", "trials_per_gpu", "gpus_per_trial", "confirm_seeds"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise RequestError(f"{_flag(name)} must be a whole number of at least 1, but got {value!r}")
-        for name in ("seed", "split_seed"):
+        for name in ("seed", "split_seed", "confirm"):
             value = getattr(self, name)
+            if name == "confirm" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise RequestError(f"{_flag(name)} must be a whole number of at least 0, but got {value!r}")
-        for name, allowed in (("evaluate", ("auto", "yes", "no")), ("start_method", (None, "fork", "spawn"))):
+        for name, allowed in (
+            ("evaluate", ("auto", "yes", "no")),
+            ("start_method", (None, "fork", "spawn")),
+            ("final", (None, "retrain")),
+        ):
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(word) for word in allowed if word)
                 raise RequestError(f"{_flag(name)} must be one of {words}, but got {getattr(self, name)!r}")
         if self.study is not None:
             check_name(self.study)
+
+    def confirmation(self, trials: int | None = None) -> Confirmation:
+        """How a search of so many trials is confirmed; of the planned number by default."""
+        return confirmation(self.trials if trials is None else trials, self.confirm, self.confirm_seeds)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object for journal and MLflow."""
@@ -288,7 +306,7 @@ class Study:
             return journal.space()
 
     def trials_dataframe(self) -> pandas.DataFrame:
-        """One row per trial: number, state, score, seconds, epochs, reason, and ``params.NAME`` columns."""
+        """One row per trial: number, state, score, seconds, epochs, confirms, reason, and ``params.NAME`` columns."""
         import pandas
 
         rows = []
@@ -299,6 +317,7 @@ class Study:
                 "score": t.score,
                 "seconds": t.seconds,
                 "epochs": t.epochs,
+                "confirms": t.confirms,
             }
             rows.append(
                 row | {"reason": t.reason, "message": t.message} | {f"params.{k}": v for k, v in t.params.items()}

@@ -25,6 +25,7 @@ DEFAULT_BATCH = 32
 _MOST_STEPS_AT_ONCE = 1000
 _EAGER_BATCHES = 4
 _PREDICT_STEP = keras.Model.predict_step
+_CHOOSE_AN_EPOCH = (keras.callbacks.EarlyStopping, keras.callbacks.ModelCheckpoint)
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def fit(
     budget: int,
     seed: int,
     send: Callable[[dict[str, Any]], None],
+    keep_last: bool = False,
 ) -> Fitted:
     """Train ``model`` on the train rows and leave the chosen epoch's weights in it.
 
@@ -112,6 +114,8 @@ def fit(
         epochs: Overrides the number of epochs of the module and of ``hp``.
         budget: Bytes of rows that may be copied into this process; larger data are gathered from
             the memory map batch by batch.
+        keep_last: Train all epochs and keep the last one's weights, for a refit: its validation rows are trained
+            on, so they can choose no epoch, for us or for callbacks of the module.
     """
     most = epochs or int(hp.values.get("epochs", module.epochs or DEFAULT_EPOCHS))
     batch = int(hp.values.get("batch_size", DEFAULT_BATCH))
@@ -124,6 +128,8 @@ def fit(
         restore_best_weights=True,
     )
     callbacks = [reporter, stopping, *module.callbacks(hp)]
+    if keep_last:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, _CHOOSE_AN_EPOCH)]
     keras.utils.set_random_seed(seed)
     if own is not None:
         _fit_by_module(own, hp, model, rows, preprocess, budget, batch, most, callbacks, seed)
@@ -134,7 +140,8 @@ def fit(
         fused.fit(model, train, held, batch=batch, large=_large(rows), seed=seed, **options)
     else:
         _fit_by_batches(model, rows, preprocess, budget, batch, most, callbacks, seed)
-    at = stopping.best_epoch if reporter.epochs and objective in reporter.epochs[-1] else None
+    chosen = not keep_last and reporter.epochs and objective in reporter.epochs[-1]
+    at = stopping.best_epoch if chosen else None
     reported = reporter.epochs[at if at is not None else -1] if reporter.epochs else {}
     return Fitted(len(reporter.epochs), None if at is None else at + 1, reported)
 

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,8 @@ class Trial:
             are what was proposed; afterwards exactly what it asked for.
         history_length: Journal events that the proposal saw; it can be made again from them.
         memo: JSON that the sampler wants back in the history.
+        confirms: Number of the search trial whose configuration it trains again with a fresh seed;
+            None for a trial of the search itself.
         score: The scorer's value on validation rows, in the objective's own units.
         loss: ``score`` turned so that lower is better; None unless the trial is complete.
         epochs: Epochs finished; best_epoch: the one whose weights were kept (from 1).
@@ -83,6 +85,7 @@ class Trial:
     attempt: int = 0
     history_length: int = 0
     memo: Any = None
+    confirms: int | None = None
     score: float | None = None
     loss: float | None = None
     reason: str | None = None
@@ -127,10 +130,20 @@ class Trial:
         return cls(**{**raw, "state": TrialState(raw["state"])})
 
 
-def best(trials: list[Trial] | tuple[Trial, ...]) -> Trial | None:
-    """The complete trial with the lowest loss; ties go to fewer weights, then to the lower number."""
-    done = [trial for trial in trials if trial.state is TrialState.COMPLETE]
-    return min(done, key=lambda t: (t.loss, t.size if t.size is not None else math.inf, t.number), default=None)
+def searched(trials: Iterable[Trial]) -> list[Trial]:
+    """The trials of the search itself, without those that only confirm."""
+    return [trial for trial in trials if trial.confirms is None]
+
+
+def ranked(trials: Iterable[Trial]) -> list[Trial]:
+    """The search's complete trials, lowest loss first; ties go to fewer weights, then to the lower number."""
+    done = [trial for trial in searched(trials) if trial.state is TrialState.COMPLETE]
+    return sorted(done, key=lambda t: (t.loss, t.size if t.size is not None else math.inf, t.number))
+
+
+def best(trials: Iterable[Trial]) -> Trial | None:
+    """The first of ``ranked``: the best validation score of the search."""
+    return next(iter(ranked(trials)), None)
 
 
 def seed_for(study_seed: int, number: int, purpose: str = "trial") -> int:

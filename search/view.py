@@ -21,7 +21,7 @@ class View:
     Use as a context manager. At a terminal the view is redrawn in place; elsewhere each event is one line.
 
     Args:
-        planned: Trials in the plan.
+        planned: Trainings in the plan, those that confirm included.
         earlier: Trials that had ended before, in a study that goes on.
     """
 
@@ -78,6 +78,8 @@ class View:
         winner = best(self._ended)
         mark = "  best so far" if winner is not None and winner.number == trial.number else ""
         of = f"/{self._planned}" if self._planned else ""
+        if trial.confirms is not None:
+            mark = f"  confirms trial {trial.confirms}"
         if trial.state is TrialState.COMPLETE:
             said = f"{number(trial.score)} after {trial.epochs} epochs, {trial.seconds or 0:.1f} s{mark}"
         else:
@@ -99,8 +101,9 @@ class View:
                 if report
                 else ""
             )
+            again = "" if trial.confirms is None else f" (again {trial.confirms})"
             table.add_row(
-                str(trial.number),
+                f"{trial.number}{again}",
                 str(report.step if report else ""),
                 now,
                 _params(trial.params) or "defaults",
@@ -112,7 +115,7 @@ class View:
         baseline = next((t for t in self._ended if t.number == 0 and t.state is TrialState.COMPLETE), None)
         failed = sum(t.state is TrialState.FAILED for t in self._ended)
         of = f" of {self._planned}" if self._planned else ""
-        parts = [f"{len(self._ended)}{of} trials ended"] + ([f"{failed} failed"] if failed else [])
+        parts = [f"{len(self._ended)}{of} trainings ended"] + ([f"{failed} failed"] if failed else [])
         if winner is not None:
             parts.append(f"best {number(winner.score)} (trial {winner.number})")
         if baseline is not None:

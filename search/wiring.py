@@ -5,18 +5,20 @@ from __future__ import annotations
 import getpass
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from search import devices, jobs, publishing
-from search.driver import Driver, Silent, Watcher
+from search import devices, finalists, jobs, publishing
+from search.driver import Driver
 from search.errors import ExecutorError, RequestError, StudyError, TrialFailed
 from search.executors.local import LocalExecutor, start_method
 from search.journal import Journal
 from search.problem import Problem, find
 from search.samplers import get_sampler
 from search.study import Study, StudyConfig, locked, make_workspace, release, reserve, workspace_folder
-from search.trial import Trial
+from search.trial import Trial, searched
+from search.watcher import Silent, Watcher
 
 
 def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Study:
@@ -56,12 +58,14 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
                     discovery = {"problem": problem.to_json(), "seconds": jobs.DISCOVERY_SECONDS}
 
                     def begin(preflight: dict[str, Any]) -> None:
+                        from search import scoring
+
                         nonlocal began
                         tracker.ready()
-                        journal.put(
-                            "preflight",
-                            {key: preflight[key] for key in ("reported", "custom", "declaration", "size")},
-                        )
+                        if line := scoring.disagreement_line(preflight):
+                            watcher.say(line)
+                        kept = ("reported", "custom", "declaration", "size", "disagreement")
+                        journal.put("preflight", {key: preflight.get(key) for key in kept})
                         journal.put("state", "RUNNING")
                         began = True
 
@@ -153,7 +157,13 @@ def _drive(
 
     meta, prepared = journal.get("study"), journal.get("prepared")
     config = StudyConfig(**meta["config"])
-    judge = RowJudge(Path(prepared["rows"]), Path(prepared["sealed"]), prepared["objective"], prepared["problem"])
+    judge = RowJudge(
+        Path(prepared["rows"]),
+        Path(prepared["sealed"]),
+        prepared["objective"],
+        prepared["problem"],
+        keep=folder / "guard",
+    )
 
     def payload(trial: Trial, proposal: dict[str, Any] | None) -> dict[str, Any]:
         place = folder / "trials" / f"{trial.number:04d}"
@@ -166,6 +176,13 @@ def _drive(
             "preflight": trial.number == 0 and discovery is not None,
             "log": str(place / "log.txt"),
         }
+
+    def confirm(history: Sequence[Trial]) -> list[Trial]:
+        asked = config.confirmation(len(searched(history)))
+        planned = finalists.plan(history, asked, config.seed)
+        if planned:
+            watcher.say(f"training the best {asked.finalists} and the baseline again, {asked.seeds} times each")
+        return planned
 
     state = "FAILED"
     try:
@@ -180,18 +197,18 @@ def _drive(
             payload=payload,
             discovery=discovery,
             on_preflight=on_preflight,
+            confirm=confirm,
             watcher=watcher,
         )
         journal.put("ended", driver.run())
-        if config.evaluate != "no":
-            from search import evaluation  # its statistics take a while to import, and nothing before it needs them
+        from search import evaluation  # its statistics take a while to import, and nothing before it needs them
 
-            try:
-                evaluation.open_test(folder, journal, executor, watcher, again=config.evaluate == "yes")
-            except (RequestError, TrialFailed) as error:
-                # The search itself is complete, and `heldout evaluate` can be tried again.
-                journal.put("evaluation", {"opened": False, "why": str(error), "openings": None})
-                watcher.say(str(error))
+        try:
+            evaluation.conclude(folder, journal, executor, watcher, opening=config.evaluate, final=config.final)
+        except (RequestError, TrialFailed) as error:
+            # The search itself is complete, and `heldout evaluate` can be tried again.
+            journal.put("evaluation", {"opened": False, "why": str(error), "openings": None})
+            watcher.say(str(error))
         state = "COMPLETE"
     except KeyboardInterrupt:
         state = "STOPPED"

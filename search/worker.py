@@ -68,7 +68,9 @@ def load(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Job
     preprocess = None
     if module.preprocess is not None:
         preprocess = str(Path(payload["folder"]) / "preprocess.keras")
-        _fit_preprocess(module, data.OpenRows(rows), Path(preprocess), manifest["has_nan"] and not module.allow_nan)
+        must_remove_nan = manifest["has_nan"] and not module.allow_nan
+        sealed = data.SealedRows(workspace / "sealed" / manifest["digest"])
+        _fit_preprocess(module, data.OpenRows(rows), Path(preprocess), must_remove_nan, sealed)
     return {
         "manifest": manifest,
         "rows": str(rows),
@@ -99,11 +101,13 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _fit_preprocess(module: SpaceModule, rows: Any, path: Path, must_remove_nan: bool) -> None:
+def _fit_preprocess(
+    module: SpaceModule, rows: Any, path: Path, must_remove_nan: bool, sealed: Any | None = None
+) -> None:
     import keras
     import numpy as np
 
-    from search import declaration, feeding, training
+    from search import declaration, feeding, leakage, training
 
     keras.utils.set_random_seed(0)
     assert module.preprocess is not None
@@ -117,6 +121,8 @@ def _fit_preprocess(module: SpaceModule, rows: Any, path: Path, must_remove_nan:
     known = declaration.ends(model)
     if known is not None:  # a name of its own, since every unnamed model is called "sequential"
         model = keras.Model(*known, name="preprocess")
+        if sealed is not None:
+            leakage.check_learned(model, rows, sealed, module.problem.path)
     if must_remove_nan:
         for tier in ("train", "validation", "guard"):
             for part in keras.tree.flatten(feeding.joined(rows, tier, model)):
@@ -168,14 +174,20 @@ class _Trial:
         )
         self.model = training.build(self.module, self.hp)
 
-    def fit(self, epochs: int | None, send: Callable[[dict[str, Any]], None]) -> Any:
+    def fit(self, epochs: int | None, send: Callable[[dict[str, Any]], None], keep_last: bool = False) -> Any:
         """Train the model; see ``training.fit``."""
         from search import training
 
         known = {name: self.payload[name] for name in ("objective", "direction", "budget", "seed")}
-        return training.fit(
-            self.module, self.model, self.hp, self.rows, self.preprocess, epochs=epochs, send=send, **known
-        )
+        given = (self.module, self.model, self.hp, self.rows, self.preprocess)
+        return training.fit(*given, epochs=epochs, send=send, keep_last=keep_last, **known)
+
+    def written(self, path: Path) -> dict[str, Any]:
+        """Write the model, preprocessing included, as one file; what is known of it."""
+        from search import preflight, training
+
+        training.save(training.compose(self.model, self.preprocess, self.rows.manifest["x"]), path)
+        return {**self.described(), "custom": list(preflight.custom_objects(path))}
 
     def described(self) -> dict[str, Any]:
         """What the driver and the scorer need to know of the model."""
@@ -277,20 +289,45 @@ def export(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> J
     """Rebuild a trial's model around its weights and write it as one file, preprocessing included."""
     import numpy as np
 
-    from search import feeding, preflight, training
+    from search import feeding
 
     running = _Trial(payload)
     if not running.model.built:  # as one without an Input is until it sees rows
         running.model(feeding.as_fed(feeding.joined(running.rows, "train", running.preprocess, np.arange(1))))
     running.model.load_weights(payload["weights"])
-    composed = training.compose(running.model, running.preprocess, running.rows.manifest["x"])
-    training.save(composed, Path(payload["out"]))
-    if payload.get("saved_model"):
-        composed.export(payload["saved_model"], verbose=False)
+    return running.written(Path(payload["out"]))
+
+
+def refit(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Train a trial's configuration anew on a merged copy of rows, and write it as one file; see ``final.refit``."""
+    import keras
+
+    running = _Trial(payload | {"preprocess": None})
+    if running.module.preprocess is not None:
+        path = Path(payload["folder"]) / "preprocess.keras"
+        must_remove_nan = running.rows.manifest["has_nan"] and not running.module.allow_nan
+        _fit_preprocess(running.module, running.rows, path, must_remove_nan)
+        running.preprocess = keras.models.load_model(path, compile=False)
+    fitted = running.fit(payload["epochs"], send, keep_last=True)
     return {
-        **running.described(),
-        "custom": list(preflight.custom_objects(Path(payload["out"]))),
+        **running.written(Path(payload["out"])),
+        "epochs": fitted.epochs or payload["epochs"],  # a module's own fit may report none
+        "rows": running.rows.size("train"),
     }
+
+
+def saved_model(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Write an exported file in TensorFlow's format beside it."""
+    import keras
+
+    from search import devices
+
+    if payload.get("slot"):
+        devices.apply(payload["slot"])
+    if payload["custom"]:
+        SpaceModule(Problem(**payload["problem"]))
+    keras.models.load_model(payload["path"], compile=False).export(payload["folder"], verbose=False)
+    return {}
 
 
 def predict(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
@@ -316,7 +353,7 @@ def predict(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> 
 
 
 def score(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
-    """Score predictions by a metric that only the compiled model knows; the one job that is given sealed labels."""
+    """Score predictions by a metric that only the compiled model knows; given sealed labels, it trains nothing."""
     from search import custom_metric, devices
 
     if payload.get("slot"):
@@ -342,6 +379,8 @@ JOBS: dict[str, Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], Job
     "trial": trial,
     "check": check,
     "export": export,
+    "refit": refit,
+    "saved_model": saved_model,
     "predict": predict,
     "score": score,
     "register": register,

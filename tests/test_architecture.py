@@ -17,24 +17,26 @@ MOST_LINES = 420
 # needs a place here, which is the moment to think about what it may know.
 LAYERS = (
     {"errors"},
-    {"trial", "channel", "problem", "rows", "metrics", "ledger", "journal_file"},
-    {"domain", "traces", "split", "template", "publishing"},
-    {"space", "store"},
+    {"trial", "channel", "problem", "rows", "metrics", "chain", "journal_file"},
+    {"domain", "traces", "split", "ranks", "ledger", "template", "publishing", "watcher", "finalists"},
+    {"space", "store", "leakage"},
     {"data"},
     {"history", "tracing", "declaration", "scoring"},
     {"fused"},
     {"feeding"},
     {"journal", "runs", "statistics"},
-    {"publisher"},
+    {"publisher", "verdicts", "selection"},
     {"samplers", "executors", "tracking", "registry", "training"},
     {"custom_metric", "preflight", "driver", "study", "devices"},
     {"judge", "worker"},
-    {"jobs"},
+    {"jobs", "belief", "picture"},
+    {"report"},
+    {"final", "winner"},
+    {"freezing"},
     {"evaluation"},
     {"wiring", "rehearsal"},
-    {"report"},
     {"export"},
-    {"view", "ui"},
+    {"view", "ui", "options"},
     {"", "cli"},  # "" is search/__init__.py, the documented functions
 )
 PARTS = {path.relative_to(SEARCH).parts[0].removesuffix(".py") for path in FILES}
@@ -63,6 +65,7 @@ SLOW = {
     "tensorflow": set(),
     "hyperopt": set(),
     "sklearn": set(),
+    "matplotlib": {"picture"},
     "pandas": set(),
 }
 

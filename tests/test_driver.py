@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 
-from search.driver import MOST_FAILURES_IN_A_ROW, Driver, Silent, Verdict, proposal_for
+from search.driver import MOST_FAILURES_IN_A_ROW, Driver, Verdict, proposal_for
 from search.errors import SpaceError, StudyFailed, TrialFailed
 from search.executors import Exited, Job, Lost, Message, Slot
 from search.executors.inline import InlineExecutor
+from search.finalists import Confirmation, plan
 from search.jobs import call
 from search.journal import Journal
 from search.samplers import get_sampler
 from search.space import Domain, Parameter, Space
-from search.trial import Trial, TrialState, seed_for
+from search.trial import Trial, TrialState, searched, seed_for
+from search.watcher import Silent
 
 RATE = Parameter("rate", "rate", (), Domain("float", 1e-4, 1.0, sampling="log", default=0.1))
 UNITS = Parameter("units", "units", (), Domain("int", 1, 9, 1, default=4))
@@ -417,3 +419,79 @@ def test_a_job_that_is_lost_before_it_began_is_asked_for_again() -> None:
     assert call(Held(body, lost=("load", "load-again")), asked, Silent())["rows"] == 7
     with pytest.raises(SpaceError, match="ended with no answer"):
         call(Held(body, lost=("load", "load-again", "load-again-again")), asked, Silent())
+
+
+# ── confirmation ─────────────────────────────────────────────────────────────────────────────────
+
+
+def again(history: Any) -> list[Trial]:
+    return plan(history, Confirmation(2, 2), 7)
+
+
+def test_finalists_and_baseline_are_trained_again_with_fresh_seeds_and_their_own_parameters(journal: Journal) -> None:
+    driver(journal, study(RATE, UNITS, score=lambda p: p["rate"]), slots=3, confirm=again).run()
+    trials = journal.history()
+    runs = trials[12:]
+    leaders = sorted(trials[:12], key=lambda t: -t.params["rate"])[:2]
+    assert [t.number for t in trials] == list(range(18)) and len(searched(trials)) == 12
+    assert [t.confirms for t in runs] == [leaders[0].number, leaders[1].number, 0] * 2
+    assert all(t.state is TrialState.COMPLETE and dict(t.params) == dict(trials[t.confirms].params) for t in runs)
+    assert len({t.seed for t in trials}) == 18
+
+
+def test_no_sampler_sees_a_confirmation_and_an_extended_study_goes_on_like_a_longer_one(tmp_path: Path) -> None:
+    body, found = study(RATE, UNITS, score=lambda p: p["rate"] * p["units"]), []
+    for name, lengths in (("whole", [30]), ("extended", [22, 30])):
+        with Journal.create(tmp_path / f"{name}.sqlite", {}) as journal:
+            for number, trials in enumerate(lengths):
+                discovery = {"discovery": {} if number == 0 else None}
+                changes = {"sampler": get_sampler("tpe"), "confirm": again, **discovery}
+                driver(journal, body, trials=trials, **changes).run()
+            found.append([(dict(t.params), t.seed) for t in searched(journal.history())])
+            assert len(journal.history()) > len(found[-1]) == 30
+    assert found[0] == found[1]
+
+
+def test_a_study_interrupted_while_it_confirms_goes_on_with_what_is_missing(journal: Journal) -> None:
+    class Interrupted(InlineExecutor):
+        def submit(self, job: Job, slot: Slot | None) -> None:
+            if job.payload.get("number") == 15:
+                raise KeyboardInterrupt
+            super().submit(job, slot)
+
+    body = study(RATE, UNITS, score=lambda p: p["rate"])
+    with pytest.raises(KeyboardInterrupt):
+        driver(journal, body, executor=Interrupted(body), confirm=again).run()
+    planned = again(journal.history())
+    driver(journal, body, discovery=None, confirm=again).run()
+    runs = journal.history()[12:]
+    assert [(t.confirms, t.seed) for t in runs] == [(t.confirms, t.seed) for t in planned]
+    assert all(t.state is TrialState.COMPLETE for t in runs) and runs[3].attempt == 1
+
+
+def test_failing_confirmations_do_not_fail_a_study_whose_search_is_complete(journal: Journal) -> None:
+    whole = study(RATE, score=lambda p: p["rate"])
+
+    def body(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+        if job["payload"].get("number", 0) >= 12:
+            raise RuntimeError("no second time")
+        whole(job, send)
+
+    many = {"confirm": lambda history: plan(history, Confirmation(6, 2), 7)}
+    assert driver(journal, body, **many).run() == "complete"
+    assert all(t.state is TrialState.FAILED for t in journal.history()[12:])
+
+
+def test_other_guard_scores_leave_every_training_as_it_is(tmp_path: Path) -> None:
+    class OtherGuard(ReadingJudge):
+        def judge(self, result: dict[str, Any]) -> Verdict:
+            return Verdict(result["score"], guard=hash(result["score"]) % 97 / 97)
+
+    seen = []
+    for name, judge in (("one", ReadingJudge()), ("other", OtherGuard())):
+        with Journal.create(tmp_path / f"{name}.sqlite", {}) as journal:
+            body = study(RATE, UNITS, score=lambda p: p["rate"] * p["units"])
+            driver(journal, body, trials=24, sampler=get_sampler("tpe"), judge=judge, confirm=again).run()
+            seen.append([(t.number, t.confirms, dict(t.params), t.seed, t.score) for t in journal.history()])
+            assert len(set(journal.guards().values())) > 1
+    assert seen[0] == seen[1] and len(seen[0]) == 30

@@ -76,7 +76,7 @@ def test_the_report_has_its_keys_and_the_counts_are_right(digits: Done) -> None:
     assert set(wanted.split()) <= set(report)
     assert report["trials"] == {"complete": 6, "pruned": 0, "failed": 0}
     assert report["objective"] == "val_accuracy" and report["direction"] == "max"
-    assert set(report["baseline"]) == set(report["best"]) == {"trial", "params", "validation"}
+    assert set(report["best"]) == {"trial", "params", "validation"} < set(report["baseline"])
     assert {"winner", "baseline", "interval", "opening"} <= set(report["test"])
     assert report["test"]["opening"] == 1
     low, high = report["test"]["interval"]

@@ -183,7 +183,8 @@ class Launched:
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     folder = tmp_path_factory.mktemp("readme")
     (folder / "cells.py").write_text(example(), encoding="utf-8")
-    options = ["--trials", "2", "--epochs", "3", "--workspace", str(folder / "ws"), "--json"]
+    options = ["--trials", "3", "--epochs", "3", "--confirm", "1", "--confirm-seeds", "2", "--json"]
+    options += ["--workspace", str(folder / "ws")]
     ran = run_heldout("launch", str(folder / "cells.py"), *options, HELDOUT_LEDGER=str(folder / "ledger.jsonl"))
     assert ran.returncode == 0, ran.stderr
     return Launched(json.loads(ran.stdout), folder / "ws")
@@ -192,7 +193,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 def test_the_example_launches(launched: Launched) -> None:
     report = launched.report
     assert report["study"] == "cells-1" and report["state"] == "COMPLETE"
-    assert report["trials"] == {"complete": 2, "pruned": 0, "failed": 0}
+    assert report["trials"] == {"complete": 3, "pruned": 0, "failed": 0}
     assert report["test"]["opening"] == 1 and 0 <= report["test"]["winner"] <= 1
     assert set(report["baseline"]["params"]) >= {"layers", "units_0", "batch_size", "learning_rate"}
 
@@ -207,7 +208,7 @@ def test_the_keys_of_the_report_are_those_of_the_readme(launched: Launched) -> N
             found = found[part]
     assert set(launched.report) == {key.split(".")[0] for key in listed}
     assert set(launched.report["test"]) == {key.split(".")[1] for key in listed if key.startswith("test.")}
-    verdicts = {word for row in section("The report").splitlines() for word in re.findall(r"`([A-Z_]{10,})`", row)}
+    verdicts = {word for row in section("The test step").splitlines() for word in re.findall(r"`([A-Z_]{10,})`", row)}
     assert set(launched.report["verdicts"]) <= verdicts
 
 
@@ -221,7 +222,8 @@ def test_the_workspace_looks_as_the_readme_draws_it(launched: Launched) -> None:
     assert sealed.parent.stat().st_mode & 0o077 == 0
 
 
-_DRAWN = ("journal.sqlite", "trials/0000/log.txt", "trials/0000/model.weights.h5", "frozen", "tracking.json")
+_DRAWN = ("journal.sqlite", "trials/0000/log.txt", "trials/0000/model.weights.h5", "guard/0000.npy", "frozen")
+_DRAWN += ("guard.png", "tracking.json")
 
 
 @pytest.mark.slow

@@ -20,12 +20,13 @@ import measure
 
 from search import publishing
 from search.domain import Domain
-from search.driver import Driver, Silent, Verdict
+from search.driver import Driver, Verdict
 from search.executors.inline import InlineExecutor
 from search.journal import Journal
 from search.samplers import Proposal, Sampler, get_sampler
 from search.space import Parameter, Space
 from search.trial import Trial, TrialState
+from search.watcher import Silent
 
 EPOCHS = 10
 SETTLED = 40  # trials: after twenty have finished, TPE imports Hyperopt, which is no growth

@@ -1,0 +1,132 @@
+"""Freezing: the models that will be tested and exported, written as files, and one hash over all that was decided."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from search import final as refitting
+from search import jobs, verdicts
+from search.errors import RequestError
+from search.executors import Executor, Job
+from search.journal import Journal
+from search.trial import Trial
+from search.watcher import Watcher
+
+
+def freeze(
+    folder: Path, journal: Journal, executor: Executor, watcher: Watcher, final: str | None = None
+) -> dict[str, Any]:
+    """Write winner and baseline as the files that will be tested and exported, and hash them.
+
+    Args:
+        final: ``"retrain"`` refits both on train, validation and guard rows.
+
+    Returns:
+        ``models`` (role to trial, path, sha256, declaration, custom), ``objective``, ``analysis``, and
+        ``digest`` over all of it.
+    """
+    prepared, selection = journal.get("prepared"), journal.get("selection")
+    chosen = {role: selection[role]["trial"] for role in ("winner", "baseline") if selection[role] is not None}
+    known: dict[str, Any] | None = journal.get("frozen")
+    if known is not None and known["final"] == final and chosen == {r: m["trial"] for r, m in known["models"].items()}:
+        return intact(known)
+    place = folder / "frozen"
+    place.mkdir(exist_ok=True)
+    written: dict[int, dict[str, Any]] = {}
+    for number in dict.fromkeys(chosen.values()):
+        written[number] = _written(journal, executor, watcher, place, number, final)
+    frozen = {
+        "models": {role: written[number] for role, number in chosen.items()},
+        "objective": prepared["objective"],
+        "fingerprint": prepared["manifest"]["fingerprint"],
+        "selection": hashlib.sha256(json.dumps(selection, sort_keys=True).encode()).hexdigest(),
+        "final": final,
+        "analysis": {"alpha": verdicts.TOTAL, "of opening i": "alpha 6 / (pi i)^2", "comparison": "paired"},
+    }
+    frozen["digest"] = hashlib.sha256(json.dumps(frozen, sort_keys=True).encode()).hexdigest()
+    journal.put("frozen", frozen)
+    return frozen
+
+
+def _written(
+    journal: Journal, executor: Executor, watcher: Watcher, place: Path, number: int, final: str | None
+) -> dict[str, Any]:
+    """One model's file, and what is known of it."""
+    known = {trial.number: trial for trial in journal.history()}
+    if final is None:
+        path = place / f"trial-{number:04d}.keras"
+        built = build_file(journal, executor, watcher, known[number], path)
+    else:
+        path = place / f"trial-{number:04d}-{final}.keras"
+        runs = refitting.runs(journal.history(), known[number])
+        watcher.say(f"training the configuration of trial {number} again on train, validation and guard rows")
+        epochs = refitting.epochs_for(runs)
+        built = refitting.refit(journal, executor, watcher, known[number], path, tiers=refitting.RETRAIN, epochs=epochs)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"trial": number, "path": str(path), "sha256": digest, "final": final} | built
+
+
+def intact(frozen: dict[str, Any]) -> dict[str, Any]:
+    """The frozen selection, if its files are still those that were frozen.
+
+    Raises:
+        RequestError: Otherwise.
+    """
+    for item in frozen["models"].values():
+        path = Path(item["path"])
+        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != item["sha256"]:
+            raise RequestError(
+                f"the frozen model {path} is missing or was changed after it was frozen; restore it from a copy"
+            )
+    return frozen
+
+
+def build_file(
+    journal: Journal, executor: Executor, watcher: Watcher, trial: Trial, path: Path
+) -> dict[str, Any]:
+    """Write one trial's model, preprocessing included, as a ``.keras`` file.
+
+    Raises:
+        RequestError: If the recorded parameters no longer build the recorded model.
+    """
+    prepared, space = journal.get("prepared"), journal.space()
+    payload = jobs.base_payload(prepared, path.parent) | {
+        "seed": trial.seed,
+        "proposal": space.proposal(trial.params),
+        "weights": trial.extra["weights"],
+        "out": str(path),
+    }
+    job = Job(f"export-{trial.number}", "export", payload, log=str(path.parent / "export.log"))
+    built = jobs.call(executor, job, watcher, slot=executor.slots[0])
+    refitting.check_parameters(space, trial, built["asks"])
+    return {"declaration": built["declaration"], "custom": built["custom"], "size": built["size"]}
+
+
+def predict_file(
+    executor: Executor,
+    watcher: Watcher,
+    prepared: dict[str, Any],
+    models: dict[str, Any],
+    tier: str,
+    folder: Path,
+    features: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Predict one tier with written model files in a process of its own.
+
+    Returns:
+        ``predictions`` (model name to paths of ``.npy``, one per output) and ``batch_size``.
+    """
+    payload = {
+        "problem": prepared["problem"],
+        "custom": any(item["custom"] for item in models.values()),
+        "models": {name: item["path"] for name, item in models.items()},
+        "tier": tier,
+        "rows": prepared["rows"],
+        "features": features,
+        "folder": str(folder),
+    }
+    job = Job(f"predict-{tier}", "predict", payload, log=str(folder / "predict.log"))
+    return jobs.call(executor, job, watcher, slot=executor.slots[0])

@@ -1,0 +1,67 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+
+def workspace(command: Any) -> Any:
+    """Where studies lie."""
+    return click.option(
+        "--workspace",
+        metavar="DIR",
+        help="Folder for everything that is written [HELDOUT_WORKSPACE, ./heldout-workspace].",
+    )(command)
+
+
+def as_json(command: Any) -> Any:
+    """For programs."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def final(command: Any) -> Any:
+    """What is tested."""
+    return click.option(
+        "--final",
+        type=click.Choice(["retrain"]),
+        help="Refit winner and baseline on train, validation and guard rows before they are tested.",
+    )(command)
+
+
+def search_options(command: Any) -> Any:
+    """What `launch` and `check` search, and with what."""
+    options = [
+        click.option("--trials", type=int, default=30, show_default=True, help="Trials, the baseline included."),
+        click.option("--sampler", default="tpe", show_default=True, help="How configurations are proposed."),
+        click.option("--workers", type=int, help="Trials at a time on CPUs [one per core]."),
+        click.option("--gpus", metavar="auto|none|0,1", help="GPUs to use [auto]."),
+        click.option("--trials-per-gpu", type=int, metavar="K", help="Trials that share a GPU."),
+        click.option("--gpus-per-trial", type=int, metavar="G", help="GPUs that one trial gets."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of proposals and training; moves no row."),
+        click.option("--split-seed", type=int, default=0, show_default=True, help="Of the split of rows into tiers."),
+        click.option("--epochs", type=int, help="Epochs of a trial at most [the module's]."),
+        click.option(
+            "--confirm",
+            type=int,
+            metavar="K",
+            help="Best configurations to train again before one is chosen, 0 for none [one in ten trials].",
+        ),
+        click.option(
+            "--confirm-seeds",
+            type=int,
+            metavar="S",
+            default=3,
+            show_default=True,
+            help="Trainings of each of them, and of the baseline.",
+        ),
+        click.option(
+            "--start-method",
+            type=click.Choice(["fork", "spawn"]),
+            help="How trial processes start [fork on Linux].",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return workspace(command)

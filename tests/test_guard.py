@@ -1,0 +1,262 @@
+"""The guard, through the command line: confirmation, the corrected estimate, the freeze, the verdicts, the ledger."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from search.ledger import Ledger
+from search.study import Study
+from search.trial import Trial, searched
+from tests.conftest import Heldout, run_heldout
+from tests.test_end_to_end import Done, launched
+from tests.tiny import write_space
+
+LOAD = """
+def load():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1500, 6)).astype("float32")
+    return Dataset(x, (x[:, 0] + x[:, 1] * x[:, 2] + rng.normal(size=1500) > 0).astype("int64"))
+"""
+BUILD = """
+def build(hp):
+    model = keras.Sequential([keras.Input((6,))])
+    model.add(keras.layers.Dense(hp.Int("units", 2, 64, sampling="log", default=4), activation="relu"))
+    model.add(keras.layers.Dense(1, activation="sigmoid"))
+    rate = hp.Float("rate", 1e-3, 1e-1, sampling="log", default=3e-3)
+    model.compile(keras.optimizers.Adam(rate), "binary_crossentropy", metrics=["accuracy"])
+    return model
+"""
+PLAN = ("--trials", "5", "--confirm", "2", "--confirm-seeds", "2", "--seed", "3")
+
+
+def mlflow_runs(done: Done) -> tuple[Any, list[Any], Any]:
+    """MLflow's client, the trials' runs and the study's."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{done.workspace}/mlflow.db")
+    tracking = done.report["tracking"]
+    found = client.search_runs([tracking["experiment_id"]])
+    return (
+        client,
+        [run for run in found if "mlflow.parentRunId" in run.data.tags],
+        client.get_run(tracking["run_id"]),
+    )
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("space")
+    return Path(write_space(folder, "noisy", load=LOAD, build=BUILD))
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory, space: Path) -> Done:
+    return launched(tmp_path_factory.mktemp("noisy"), str(space), *PLAN, "--workers", "2")
+
+
+def test_finalists_and_the_baseline_are_trained_again_and_the_best_of_all_models_is_shipped(noisy: Done) -> None:
+    trials, report = noisy.study.trials, noisy.report
+    again = [t for t in trials if t.confirms is not None]
+    leaders = sorted(searched(trials), key=lambda t: (t.loss, t.size, t.number))[:2]
+    assert {t.confirms for t in again} == {0, *(t.number for t in leaders)} and len(searched(trials)) == 5
+    assert len({t.seed for t in trials}) == len(trials)
+    winner = trials[report["winner"]["trial"]]
+    configuration = report["winner"]["configuration"]
+    assert configuration == (winner.number if winner.confirms is None else winner.confirms)
+    assert dict(winner.params) == dict(trials[configuration].params) == report["winner"]["params"]
+    confirmation = report["confirmation"]
+    assert confirmation["seeds"] == 2 and 0 < confirmation["share"] < 1
+    assert 0 < sum(one["wins"] for one in confirmation["finalists"]) <= 1 + 1e-9
+    tiers = noisy.study.meta("study")["data"]["tiers"]
+    with noisy.study.journal() as journal:
+        guards = {number: score for (number, _), (score, _) in journal.guards().items()}
+
+    def pooled(trial: Trial) -> float:
+        hits = tiers["validation"] * (trial.score or 0) + tiers["guard"] * guards[trial.number]
+        return hits / (tiers["validation"] + tiers["guard"])
+
+    assert pooled(winner) == pytest.approx(max(pooled(t) for t in trials))
+    for one in confirmation["finalists"]:
+        runs = [pooled(t) for t in again if t.confirms == one["configuration"]]
+        assert one["score"] == pytest.approx(np.mean(runs), abs=1e-6)
+
+
+def test_the_report_tells_the_three_numbers_and_what_to_believe(noisy: Done) -> None:
+    report = noisy.report
+    assert report["best"]["validation"] == max(t.score for t in searched(noisy.study.trials) if t.score is not None)
+    low, high = report["corrected"]["interval"]
+    assert low < report["corrected"]["estimate"] < high and report["corrected"]["scope"] == "this study"
+    assert report["noise_floor"] > 0
+    assert report["test"]["alpha"] == pytest.approx(0.030396, abs=1e-6) and report["test"]["opening"] == 1
+    assert report["test"]["level"] == 1 - report["test"]["alpha"]
+    assert report["test"]["gap"]["smallest"] > 0
+    assert {"configuration", "shipped"} == set(report["gains"])
+    assert f"{report['test']['winner'] * 100:.1f} %" in report["believe"]
+    assert "97 % interval" in report["believe"]
+
+
+def test_guard_evidence_is_closed_to_others_and_in_no_trials_folder(noisy: Done) -> None:
+    place = noisy.study.folder / "guard"
+    assert place.stat().st_mode & 0o777 == 0o700
+    files = sorted(place.iterdir())
+    assert len(files) == len(noisy.study.trials) and {f.stat().st_mode & 0o777 for f in files} == {0o600}
+    assert not list((noisy.study.folder / "trials").rglob("*loss*"))
+
+
+def test_mlflow_has_the_confirmations_the_conclusion_and_the_picture(noisy: Done, tmp_path: Path) -> None:
+    client, children, parent = mlflow_runs(noisy)
+    marked = {int(r.data.params["trial"]): r.data.tags.get("heldout.confirms") for r in children}
+    assert marked == {t.number: None if t.confirms is None else str(t.confirms) for t in noisy.study.trials}
+    report = noisy.report
+    metrics = parent.data.metrics
+    assert metrics["corrected.estimate"] == report["corrected"]["estimate"]
+    assert metrics["corrected.interval_low"] == report["corrected"]["interval"][0]
+    assert metrics["noise_floor"] == report["noise_floor"]
+    assert metrics["test.alpha"] == report["test"]["alpha"] and metrics["test.opening"] == 1
+    assert metrics["winner.guard"] == report["winner"]["guard"]
+    assert parent.data.tags["heldout.verdicts"] == ", ".join(report["verdicts"])
+    assert parent.data.tags["heldout.winner"] == str(report["winner"]["trial"])
+    assert report["believe"] in parent.data.tags["mlflow.note.content"]
+    assert len(client.get_metric_history(parent.info.run_id, "best_so_far")) == 5
+    picture = Path(client.download_artifacts(parent.info.run_id, "report/guard.png", str(tmp_path)))
+    assert picture.read_bytes() == Path(report["picture"]).read_bytes()
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_terminal_shows_the_conclusion_last(noisy: Done, heldout: Heldout) -> None:
+    shown = heldout("report", "s", "--workspace", str(noisy.workspace)).stdout
+    words = " ".join(shown.split())
+    assert " ".join(noisy.report["believe"].split()) in words
+    assert f"verdict: {', '.join(noisy.report['verdicts'])}" in shown
+    assert "guard, corrected (95% interval)" in shown and "test (97% interval)" in shown
+    assert "confirmed by" in shown and "of all training time" in shown
+    shown = heldout("status", "s", "--workspace", str(noisy.workspace)).stdout
+    again = sum(t.confirms is not None for t in noisy.study.trials)
+    assert f"5 of 5 trials, {again} confirming trainings" in shown
+
+
+def test_the_ledger_lists_the_opening_and_the_use_of_guard_rows(noisy: Done, heldout: Heldout) -> None:
+    entries = Ledger(Path(noisy.ledger)).entries()
+    assert [e["kind"] for e in entries] == ["guard", "opening", "result"]
+    assert entries[0]["trials"] == 5 and entries[1]["alpha"] == noisy.report["test"]["alpha"]
+    frozen = noisy.study.meta("frozen")
+    assert entries[1]["frozen"] == frozen["digest"] and len(frozen["selection"]) == 64
+    ran = heldout("ledger", HELDOUT_LEDGER=noisy.ledger)
+    assert ran.returncode == 0 and "chain unbroken" in ran.stdout
+
+
+def test_the_export_is_the_winner(noisy: Done, heldout: Heldout, tmp_path: Path) -> None:
+    ran = heldout("export", "s", "--out", str(tmp_path / "m"), "--workspace", str(noisy.workspace), "--json")
+    lineage = json.loads(ran.stdout)
+    assert lineage["trial"] == noisy.report["winner"]["trial"]
+    assert lineage["scores"]["test"]["score"] == noisy.report["test"]["winner"]
+    assert lineage["scores"]["guard"]["score"] == pytest.approx(noisy.report["winner"]["guard"], abs=1e-6)
+
+
+def sequence(trials: tuple[Trial, ...]) -> list[Any]:
+    return [(t.number, t.confirms, dict(t.params), t.seed, t.score, t.epochs, t.best_epoch) for t in trials]
+
+
+def test_other_guard_labels_leave_the_sequence_of_trials_as_it_is(tmp_path: Path, space: Path) -> None:
+    found = []
+    for name in ("as they are", "permuted"):
+        workspace, ledger = tmp_path / "workspace", str(tmp_path / "ledger.jsonl")
+        options = (*PLAN, "--workers", "1", "--evaluate", "no", "--json", "--study", name[:2], "--sampler", "tpe")
+        ran = run_heldout("launch", str(space), *options, "--workspace", str(workspace), HELDOUT_LEDGER=ledger)
+        assert ran.returncode == 0, ran.stderr
+        study = Study(name[:2], workspace)
+        with study.journal() as journal:
+            guards = [score for score, _ in journal.guards().values()]
+        found.append((sequence(study.trials), guards, json.loads(ran.stdout)))
+        sealed = Path(study.meta("prepared")["sealed"]) / "guard_y_0.npy"
+        np.save(sealed, np.random.default_rng(1).permutation(np.load(sealed)))
+    (first, guards, report), (second, others, again) = found
+    assert first == second and guards != others
+    assert report["corrected"]["scope"] == "this study"
+    assert again["corrected"]["scope"].startswith("this study only: another study with 5 trials")
+    assert report["test"] is None and "still sealed" not in str(report["sealed"]) and report["picture"] is None
+
+
+def test_a_second_opening_has_a_wider_interval_and_says_so(noisy: Done, space: Path, tmp_path: Path) -> None:
+    ledger = str(tmp_path / "ledger.jsonl")
+    shutil.copy(noisy.ledger, ledger)
+    shutil.copytree(f"{noisy.ledger}.rows", f"{ledger}.rows")
+    options = ("--trials", "2", "--confirm", "0", "--evaluate", "yes", "--json", "--study", "second")
+    ran = run_heldout(
+        "launch", str(space), *options, "--workspace", str(tmp_path / "another"), HELDOUT_LEDGER=ledger
+    )
+    report = json.loads(ran.stdout)
+    assert report["test"]["opening"] == 2 and report["test"]["alpha"] == pytest.approx(0.007599, abs=1e-6)
+    assert "REUSED_TEST_SET" in report["verdicts"] and "used 2 times" in report["believe"]
+    assert report["corrected"]["scope"].startswith("this study only: another study with 5 trials")
+    assert report["noise_floor"] is None and report["confirmation"] is None
+    again = run_heldout("evaluate", "second", "--workspace", str(tmp_path / "another"), "--json", HELDOUT_LEDGER=ledger)
+    assert json.loads(again.stdout)["test"] == report["test"]
+    assert sum(e["kind"] == "opening" for e in Ledger(Path(ledger)).entries()) == 2
+
+
+def test_refitted_models_are_tested_and_the_estimate_is_not_held_against_them(space: Path, tmp_path: Path) -> None:
+    done = launched(tmp_path, str(space), "--trials", "3", "--evaluate", "no")
+    assert done.report["test"] is None and done.report["corrected"] is not None
+    ran = run_heldout(
+        *("evaluate", "s", "--final", "retrain", "--json", "--workspace", str(done.workspace)),
+        HELDOUT_LEDGER=done.ledger,
+    )
+    report = json.loads(ran.stdout)
+    assert report["final"] == "retrain" and report["test"]["gap"] is None
+    assert not {"NO_GAP_SHOWN", "UNEXPLAINED_GAP"} & set(report["verdicts"])
+    frozen = done.study.meta("frozen")["models"]["winner"]
+    assert frozen["rows"] == sum(done.study.meta("study")["data"]["tiers"][t] for t in ("train", "validation", "guard"))
+
+
+ONE = """
+def build(hp):
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1, activation="sigmoid")])
+    model.compile("adam", "binary_crossentropy", metrics=["accuracy"])
+    return model
+"""
+
+
+def test_a_winner_that_is_the_baseline_is_one_model_and_no_gain(tmp_path: Path) -> None:
+    done = launched(tmp_path, write_space(tmp_path, "one", load=LOAD, build=ONE), "--trials", "3")
+    report = done.report
+    assert report["ended"] == "exhausted" and report["winner"]["trial"] == report["baseline"]["trial"] == 0
+    assert report["test"]["gain"] is None and report["test"]["beats_baseline"] is False
+    assert "NO_GAIN_SHOWN" in report["verdicts"]
+    assert len({m["path"] for m in done.study.meta("frozen")["models"].values()}) == 1
+
+
+NAN = """
+def fit(hp, model, *args, **kwargs):
+    model.set_weights([weights * float("nan") for weights in model.get_weights()])
+"""
+
+
+def test_where_no_trial_completes_nothing_is_opened(tmp_path: Path) -> None:
+    space = write_space(tmp_path, "nan", load=LOAD, build=ONE, rest=NAN)
+    ledger = str(tmp_path / "ledger.jsonl")
+    options = ("--trials", "2", "--study", "s", "--workspace", str(tmp_path / "workspace"))
+    ran = run_heldout("launch", space, *options, HELDOUT_LEDGER=ledger)
+    assert ran.returncode == 1 and "no trial" in ran.stderr
+    assert Ledger(Path(ledger)).entries() == ()
+
+
+@pytest.mark.slow
+def test_a_search_on_random_labels_finds_nothing_and_says_so(tmp_path: Path) -> None:
+    load = LOAD.replace("1500", "2000").replace(
+        '(x[:, 0] + x[:, 1] * x[:, 2] + rng.normal(size=2000) > 0).astype("int64")', "rng.integers(0, 2, 2000)"
+    )
+    assert "rng.integers" in load
+    space = write_space(tmp_path, "noise", load=load, build=BUILD)
+    report = launched(tmp_path, space, "--trials", "60", "--workers", "2").report
+    assert report["best"]["validation"] > 0.54
+    assert report["corrected"]["interval"][0] <= 0.5 <= report["corrected"]["interval"][1]
+    assert abs(report["corrected"]["estimate"] - 0.5) < abs(report["best"]["validation"] - 0.5)
+    assert report["test"]["interval"][0] <= 0.5 <= report["test"]["interval"][1]
+    assert "NO_GAIN_SHOWN" in report["verdicts"]
