@@ -28,9 +28,10 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
 
     Returns:
         ``space`` (parameters with their domains), ``complete`` (whether discovery finished), ``data`` (the
-        manifest of the rows), ``objective``, ``direction``, ``reported``, ``disagreement``, ``size``, ``trials``, ``slots``, ``epochs``,
-        ``epoch_seconds`` of the default model and ``estimate_seconds`` of the plan, were all trials like it;
-        ``confirmation`` (how the search ends), ``shows`` (the smallest gain and gap that the test could show).
+        manifest of the rows), ``objective``, ``direction``, ``reported``, ``disagreement`` (see
+        ``scoring.disagreement_line``), ``size``, ``trials``, ``confirmation`` (trainings after them), ``slots``,
+        ``epochs``, ``epoch_seconds`` of the default model, ``estimate_seconds`` of the plan, were all trainings like
+        it, and ``shows`` (the smallest gain and gap that the test could show).
 
     Raises:
         RequestError: As ``launch`` would.

@@ -128,7 +128,7 @@ def _confirmation(history: Sequence[Trial], choice: selection.Choice, wins: Mapp
     runs = [t for t in history if t.confirms is not None]
     seconds = sum(t.seconds or 0.0 for t in runs)
     numbers = sorted({t.confirms for t in runs if t.confirms is not None})
-    finalists = []
+    finalists: list[dict[str, Any]] = []
     for number in numbers:
         mine = [t for t in runs if t.confirms == number]
         failed = sum(t.state is not TrialState.COMPLETE for t in mine)

@@ -247,6 +247,89 @@ def test_where_no_trial_completes_nothing_is_opened(tmp_path: Path) -> None:
     assert Ledger(Path(ledger)).entries() == ()
 
 
+KINDS = {  # name to what differs: objective, labels, the last layer, loss, metrics, columns of the Dataset, other lines
+    "auc": (
+        "val_auc",
+        "yes",
+        "1, activation='sigmoid'",
+        "'binary_crossentropy'",
+        "keras.metrics.AUC(name='auc')",
+        "",
+        "",
+    ),
+    "average precision": (
+        "val_pr",
+        "yes",
+        "1, activation='sigmoid'",
+        "'binary_crossentropy'",
+        "keras.metrics.AUC(curve='PR', name='pr')",
+        "",
+        "direction = 'max'",
+    ),
+    "f1": (
+        "val_f1_score",
+        "yes.astype('float32')[:, None]",
+        "1, activation='sigmoid'",
+        "'binary_crossentropy'",
+        "keras.metrics.F1Score(threshold=0.5)",
+        "",
+        "",
+    ),
+    "precision": (
+        "val_precision",
+        "yes",
+        "1, activation='sigmoid'",
+        "'binary_crossentropy'",
+        "keras.metrics.Precision(name='precision')",
+        "",
+        "",
+    ),
+    "r2": ("val_r2_score", "signal", "1", "'mse'", "keras.metrics.R2Score()", "", ""),
+    "rmse": ("val_rmse", "signal", "1", "'mse'", "keras.metrics.RootMeanSquaredError(name='rmse')", "", ""),
+    "loss": ("val_loss", "yes", "1", "keras.losses.BinaryCrossentropy(from_logits=True)", "'accuracy'", "", ""),
+    "groups": ("val_accuracy", "yes", "2", "SPARSE", "'accuracy'", ", groups=np.arange(900) // 3", ""),
+    "time": ("val_accuracy", "yes", "2", "SPARSE", "'accuracy'", ", time=np.arange(900)", ""),
+    "own": (
+        "val_own",
+        "signal",
+        "1",
+        "'mse'",
+        "own",
+        "",
+        "direction = 'max'\n\ndef own(y, p):\n"
+        "    return keras.ops.mean(keras.ops.cast(keras.ops.abs(y - p) < 1, 'float32'))",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_metric_and_of_rows_ends_in_a_report(name: str, tmp_path: Path) -> None:
+    objective, labels, last, loss, metric, columns, lines = KINDS[name]
+    loss = loss.replace("SPARSE", "keras.losses.SparseCategoricalCrossentropy(from_logits=True)")
+    head = f"objective = {objective!r}\nepochs = 2\n{lines}"
+    load = (
+        "def load():\n    rng = np.random.default_rng(0)\n    x = rng.normal(size=(900, 6)).astype('float32')\n"
+        "    signal = (x[:, 0] + x[:, 1] * x[:, 2] + rng.normal(size=900)).astype('float32')\n"
+        f"    yes = (signal > 0).astype('int64')\n    return Dataset(x, {labels}{columns})"
+    )
+    build = BUILD.replace('1, activation="sigmoid"', last).replace('"binary_crossentropy"', loss)
+    space = write_space(tmp_path, objective=head, load=load, build=build.replace('["accuracy"]', f"[{metric}]"))
+    report = launched(tmp_path, space, "--trials", "3", "--confirm", "1", "--confirm-seeds", "2").report
+    corrected, winner, test = report["corrected"], report["winner"], report["test"]
+    assert test["opening"] == 1 and report["noise_floor"] >= 0 and Path(report["picture"]).exists()
+    if name == "own":
+        assert corrected["interval"] is None and "not corrected" in corrected["method"]
+        assert corrected["estimate"] == winner["guard"]
+        assert test["interval"] is None and "NO_INTERVAL_FOR_THIS_METRIC" in report["verdicts"]
+    else:
+        assert corrected["interval"][0] <= corrected["estimate"] <= corrected["interval"][1]
+        assert winner["guard_interval"][0] <= winner["guard"] <= winner["guard_interval"][1]
+        assert test["gap"] is not None and report["gains"]["shipped"] is not None
+        kind = {"groups": "groups of guard rows", "time": "groups of guard rows"}.get(name, "resamples of guard rows")
+        assert kind in corrected["method"]
+
+
 @pytest.mark.slow
 def test_a_search_on_random_labels_finds_nothing_and_says_so(tmp_path: Path) -> None:
     load = LOAD.replace("1500", "2000").replace(

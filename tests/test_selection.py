@@ -17,7 +17,8 @@ from search import metrics, ranks
 from search.errors import StudyFailed
 from search.scoring import Metric, Score, value_of
 from search.selection import Candidate, choose, corrected, noise_floor
-from search.statistics import test_interval
+from search.statistics import standard_error, test_interval
+from search.verdicts import gap, judge
 
 test_interval.__test__ = False  # a function of ours, not one of pytest's
 
@@ -141,8 +142,13 @@ def test_a_vote_fitted_on_the_guard_rows_fools_the_estimate_but_not_the_test():
     pool = [candidate(ACCURACY, k, labels[:1000], p[:1000, None], 500) for k, p in enumerate([*guesses[:50], votes])]
     found = corrected(ACCURACY, "max", pool, 500, 500)
     assert found.estimate > 0.7 and found.wins[50] == 1.0
-    fresh = test_interval(fresh_score(labels[1000:], votes[1000:]))
+    score = fresh_score(labels[1000:], votes[1000:])
+    fresh = test_interval(score)
     assert fresh.low < 0.5 < fresh.high
+    guard_error = standard_error(fresh_score(labels[500:1000], votes[500:1000]))
+    seen = gap(found.estimate, score.value, guard_error, standard_error(score), "max")
+    said = judge(gap=seen, ordered=False, gain=None, is_baseline=False, opening=1, custom=False)
+    assert said == ["UNEXPLAINED_GAP"]
 
 
 def fresh_score(labels, predicted):

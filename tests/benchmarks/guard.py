@@ -4,7 +4,7 @@ A model is right on a row, or has an error there, by a Gaussian latent of the ro
 hard the row is for all models, the rest is the row's features along the model's direction. Its true score follows
 from its quality alone, whatever its direction: a search that fits directions to validation rows gains flattery only.
 
-    python -m tests.benchmarks.guard [searches]
+    python tests/benchmarks/guard.py [searches]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+import measure
 import numpy as np
 from scipy import stats
 
@@ -22,7 +23,6 @@ from search.scoring import Metric, Score
 from search.selection import Candidate, Choice, choose, corrected
 from search.statistics import test_interval
 from search.verdicts import alpha
-from tests.benchmarks import measure
 
 TRIALS, FINALISTS, SEEDS = 100, 10, 3
 VALIDATION, GUARD, TEST = 1000, 1000, 1000
