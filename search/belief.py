@@ -8,6 +8,7 @@ from typing import Any
 
 Found = Mapping[str, Any]
 
+_FEW_GUARD = 500
 _TOO_OFTEN = 5  # uses of a test set from which on fresh rows are due
 _BASELINE = "the baseline (the space's default configuration)"
 
@@ -78,7 +79,7 @@ def _tested(found: Found, words: _Words) -> str:
     why = f"because this is opening {test['opening']}; each further opening gets a wider one"
     return (
         f"{head}, from {rows}; the true value plausibly lies between {words.span(test['interval'], 'and')} (a "
-        f"{_level(test['level'])} interval {why})."
+        f"{level(test['level'])} interval {why})."
     )
 
 
@@ -105,25 +106,27 @@ def _estimated(found: Found, words: _Words) -> str:
     best, corrected, winner = found["best"]["validation"], found["corrected"], found["winner"]
     only = found["trials"]["complete"] + found["trials"]["pruned"] == 1
     name = f"validation {_metric(found) if found['test'] is None else _name(found)}"
-    said = f"The best {name} of the search, {words.score(best)}, "
+    said = f"The best {name} of the search, {words.score(best)} (trial {found['best']['trial']}), "
     said += "comes from its only trial" if only else "tends to flatter, because the search chose by it"
     if corrected is None:
         if winner is None:
             return f"{said}, and no winner has been chosen yet."
         return f"{said}, and there is no estimate that corrects for that."
-    guard, estimate = "on guard rows, whose labels the search never saw,", words.score(corrected["estimate"])
+    rows = ((found.get("data") or {}).get("tiers") or {}).get("guard")
+    few = " too few to be exact," if rows is not None and rows < _FEW_GUARD else ""
+    guard = f"on {'' if rows is None else f'{rows} '}guard rows, whose labels the search never saw,"
+    estimate = words.score(corrected["estimate"])
     if corrected["interval"] is None:
         return (
             f"{said}; {guard} the winner scored {estimate}, which is neither corrected for the choice nor given an "
-            "interval, because only Keras can compute this metric."
+            f"interval ({str(corrected['method']).removeprefix('none: ')})."
         )
     flattery = best - corrected["estimate"] if found["direction"] == "max" else corrected["estimate"] - best
-    luck = f"luck made it look about {words.apart(flattery)} better" if flattery > 0 else "here it seems not to flatter"
+    luck = f", so luck made it look about {words.apart(flattery)} better" if flattery > 0 and not only else ""
     until = "" if found["test"] is not None or found["final"] == "retrain" else "; until a test, believe that estimate"
     return (
-        f"{said}; {'' if only else 'corrected for that '}{guard} the estimate is {estimate} "
-        f"({_level(corrected['level'])} interval {words.span(corrected['interval'])})"
-        f"{'' if only else f', so {luck}'}{until}."
+        f"{said}; {guard}{few} the winner is worth {estimate}{'' if only else ', corrected for the choice'} "
+        f"({level(corrected['level'])} interval {words.span(corrected['interval'])}){luck}{until}."
     )
 
 
@@ -229,8 +232,9 @@ def _percent(share: float) -> str:
     return f"{100 * share:.{digits}f}"
 
 
-def _level(level: float) -> str:
+def level(share: float) -> str:
+    """A confidence level in percent, such as "97 %"."""
     digits = 3
-    while level < 1 and f"{100 * level:.{digits}g}" == "100" and digits < 6:
+    while share < 1 and f"{100 * share:.{digits}g}" == "100" and digits < 6:
         digits += 1
-    return f"{100 * level:.{digits}g} %"
+    return f"{100 * share:.{digits}g} %"

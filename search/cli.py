@@ -253,10 +253,11 @@ def evaluate(study: str, final: str | None, workspace: str | None, as_json: bool
 
     Winner and baseline are scored. A selection that was tested before is answered from the record.
     """
-    from search.evaluation import evaluate as run
     from search.study import Study
 
-    found = Study(study, workspace)
+    found = Study(study, workspace)  # before what takes a while to import
+    from search.evaluation import evaluate as run
+
     with _watching(None, as_json) as watcher:
         run(found, final=final, watcher=watcher)
     _finished(found, as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from statistics import NormalDist
@@ -9,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from search import jobs, picture, scoring, statistics, verdicts, winner
+from search import jobs, picture, publishing, scoring, statistics, verdicts, winner
 from search.data import SealedRows
-from search.errors import RequestError, StudyError
+from search.errors import StudyError
 from search.executors import Executor, Job
 from search.freezing import freeze, predict_file
 from search.journal import Journal
 from search.ledger import Ledger
 from search.problem import Problem
 from search.report import report
-from search.study import Study, locked
+from search.study import Study, StudyConfig, locked
 from search.trial import Trial, best, searched
 from search.watcher import Silent, Watcher
 
@@ -42,17 +43,18 @@ def evaluate(study: Study, *, final: str | None = None, watcher: Watcher | None 
             f"only a complete study can be evaluated, but {study.name!r} is {study.state}; `heldout resume "
             f"{study.name}` first"
         )
-    if final not in (None, "retrain"):
-        raise RequestError(f"--final must be retrain when a test set is opened, but got {final!r}")
+    StudyConfig(study.name, final=final)  # checks it
     watcher = watcher or Silent()
     problem = Problem(**study.meta("prepared")["problem"])
+    publishing.check_uri(publishing.uri_of(study.meta("study")))  # before rows are opened that it could not show
     with locked(study.folder):
         journal = Journal.open(study.folder / "journal.sqlite")
         try:
             slots = jobs.one_slot()
             with jobs.start_executor(slots, problem, study.folder, None) as executor:
-                final = final or study.meta("study")["config"].get("final")
-                conclude(study.folder, journal, executor, watcher, opening="yes", final=final)
+                # Asking again means the same models again, and so the recorded answer.
+                asked = journal.get("frozen") or journal.get("study")["config"]
+                conclude(study.folder, journal, executor, watcher, opening="yes", final=final or asked["final"])
             jobs.publish(study.folder, journal, watcher)
             found: dict[str, Any] = journal.get("evaluation")
         finally:
@@ -74,13 +76,19 @@ def conclude(
     if not any(trial.score is not None for trial in journal.history()):
         journal.put("evaluation", {"opened": False, "why": "no trial completed, so there is nothing to test"})
         return
-    watcher.say("choosing the winner by validation and guard rows")
-    journal.put("selection", winner.select(folder, journal))
+    if (journal.get("selection") or {}).get("events") != journal.length:
+        watcher.say("choosing the winner by validation and guard rows")
+        with journal.one_commit():
+            journal.put("selection", winner.select(folder, journal))
+            journal.put("evaluation", {})
     if opening != "no":
         open_test(folder, journal, executor, watcher, again=opening == "yes", final=final)
-        _draw(folder, journal)
-    found = report(Study(folder.name, folder.parent.parent))
-    journal.put("summary", {"believe": found["believe"], "picture": found["picture"]})
+        try:
+            _draw(folder, journal)
+        except Exception as error:  # a picture must not cost a study its answer
+            watcher.say(f"the picture could not be drawn: {error}")
+    found = report(Study.at(folder))
+    _record(journal, "summary", {"believe": found["believe"], "picture": found["picture"]})
 
 
 def open_test(
@@ -106,10 +114,11 @@ def open_test(
     recorded = ledger.find(frozen["digest"])
     if recorded is not None:
         watcher.say("this selection was tested before: its recorded answer stands, and nothing was opened")
-        return _record(journal, recorded)
+        return _record(journal, "evaluation", recorded)
     earlier = ledger.openings(hashes, fingerprint, prior=prior)
     if earlier and not again:
-        return _record(journal, {"opened": False, "why": _used(earlier, folder.name), "openings": earlier})
+        why = _used(earlier, prior, folder.name)
+        return _record(journal, "evaluation", {"opened": False, "why": why, "openings": earlier})
     space = prepared["problem"]["path"]
     if not earlier and (changed := ledger.changed(space, hashes, fingerprint)):
         watcher.say(
@@ -131,7 +140,7 @@ def open_test(
     watcher.say(f"opening the sealed test rows (opening {number} of these rows)")
     result = _scored(folder, prepared, frozen, selection, sealed, executor, watcher, number)
     ledger.record_result(number, frozen["digest"], result)
-    return _record(journal, result)
+    return _record(journal, "evaluation", result)
 
 
 def _draw(folder: Path, journal: Journal) -> None:
@@ -142,20 +151,23 @@ def _draw(folder: Path, journal: Journal) -> None:
     for trial in searched(journal.history()):
         leader = best([trial] if leader is None else [leader, trial]) or leader
         if leader is not None and leader.score is not None:
-            series.append((trial.number, leader.score, guards.get(leader.number)))
-    picture.draw(folder / PICTURE, report(Study(folder.name, folder.parent.parent)), series)
+            guard = guards.get(leader.number, math.nan)
+            series.append((trial.number, leader.score, guard if math.isfinite(guard) else None))
+    picture.draw(folder / PICTURE, report(Study.at(folder)), series)
 
 
-def _used(earlier: int, study: str) -> str:
+def _used(earlier: int, prior: int, study: str) -> str:
     times = "once" if earlier == 1 else f"{earlier} times"
+    times += f" (of these {prior} by the prior_openings of load())" if prior else ""
     return (
         f"these test rows have been opened {times} before, so they stay sealed; "
         f"`heldout evaluate {study}` opens them again, counted, and a test set used again flatters"
     )
 
 
-def _record(journal: Journal, found: dict[str, Any]) -> dict[str, Any]:
-    journal.put("evaluation", found)
+def _record(journal: Journal, key: str, found: dict[str, Any]) -> dict[str, Any]:
+    if journal.get(key) != found:  # or MLflow would be told again what it has, under a new time
+        journal.put(key, found)
     return found
 
 
@@ -234,10 +246,11 @@ def _with_intervals(
             "method": interval.method,
         }
     corrected = selection["corrected"]
-    if corrected["interval"] is not None and frozen["final"] is None:  # a refitted model is another one
+    known = corrected is not None and corrected["interval"] is not None
+    if known and frozen["final"] is None:  # a refitted model is another one
         errors = (selection["winner"]["guard_error"], statistics.standard_error(inputs["winner"], **rows))
         found = verdicts.gap(corrected["estimate"], inputs["winner"].value, *errors, prepared["direction"])
-        out["gap"] = {"gap": found.gap, "z": found.z, "smallest": found.smallest}
+        out["gap"] = None if found is None else {"gap": found.gap, "z": found.z, "smallest": found.smallest}
     if "baseline" in inputs and out["baseline"]["trial"] != out["winner"]["trial"]:
         difference = statistics.paired_difference(inputs["winner"], inputs["baseline"], level=level, **rows)
         # Half the interval over its z; asymmetric ones give their mean.
@@ -247,7 +260,7 @@ def _with_intervals(
             "interval": [difference.low, difference.high],
             "method": difference.method,
             "p": difference.p,
-            "smallest": verdicts.smallest_gain(error, alpha),
+            "smallest": verdicts.smallest_gain(error, alpha) if error else None,
         }
         out["beats_baseline"] = bool(difference.low > 0)
     return out

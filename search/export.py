@@ -156,8 +156,7 @@ def _built(
         )
         built = refits.refit(journal, executor, watcher, trial, path, tiers=refits.ALL, epochs=epochs)
         before: dict[str, Any] = {"validation": {"score": trial.score}}
-        guard = journal.guards().get((trial.number, trial.attempt))
-        before |= {} if guard is None else {"guard": {"score": guard[0]}}
+        before |= _corrected(journal, trial)
         before |= {} if tested is None else {"test": tested}
         return built | {"path": str(path), "final": "all", "before": before}
     if roles:
@@ -166,6 +165,18 @@ def _built(
         return known | {"path": str(path), "tested": tested}
     watcher.say(f"building the model of trial {trial.number}")
     return build_file(journal, executor, watcher, trial, path) | {"path": str(path), "tested": None}
+
+
+def _corrected(journal: Journal, trial: Trial) -> dict[str, Any]:
+    """``guard`` of the winner, with the corrected estimate, and of the baseline; of nobody else, and of none before."""
+    selection = journal.get("selection") or {}
+    for role in ("winner", "baseline"):
+        found = selection.get(role)
+        if found is not None and found["trial"] == trial.number and found.get("guard") is not None:
+            corrected = selection.get("corrected") if role == "winner" else None
+            kept = {key: corrected[key] for key in ("estimate", "interval", "level", "scope")} if corrected else None
+            return {"guard": {"score": found["guard"], "corrected": kept}}
+    return {}
 
 
 def _tested(journal: Journal, role: str) -> dict[str, Any] | None:
@@ -215,7 +226,7 @@ def _written(
         "versions": meta["versions"],
         "custom_objects": model["custom"],
         "objective": meta["objective"],
-        **_scores(journal, executor, watcher, prepared, model),
+        **_scores(journal, executor, watcher, prepared, model, _corrected(journal, trial)),
         "exported": datetime.now(UTC).isoformat(timespec="seconds"),
         "format": format,
     }
@@ -226,10 +237,16 @@ def _written(
 
 
 def _scores(
-    journal: Journal, executor: Executor, watcher: Watcher, prepared: dict[str, Any], model: dict[str, Any]
+    journal: Journal,
+    executor: Executor,
+    watcher: Watcher,
+    prepared: dict[str, Any],
+    model: dict[str, Any],
+    seen: dict[str, Any],
 ) -> dict[str, Any]:
     """The scores of the exported file by tier, and the ``batch_size`` that they were made with.
 
+    Guard rows speak for the winner and the baseline alone: with everybody's scores one could choose by them.
     ``scores`` has no tier that the model was trained on. A model that was trained on every row has no ``scores``; the
     scores of the search's model are under ``refitted_from`` then.
     """
@@ -244,7 +261,7 @@ def _scores(
             if model.get("final"):  # seen to load and predict in another process; a score would mean nothing
                 break
             result = {"predictions": {tier: found["predictions"]["model"]}, "declaration": model["declaration"]}
-            if not metric.is_custom:
+            if not metric.is_custom and (tier != "guard" or seen):
                 scores[tier] = {"score": judge.score(tier, metric, result).value}
             files[tier] = found["predictions"]["model"]
         if metric.is_custom and files:
@@ -255,7 +272,9 @@ def _scores(
             }
             job = Job("score-export", "score", asked)
             values = jobs.call(executor, job, watcher, executor.slots[0])["values"]
-            scores = {tier: {"score": values[tier]} for tier in ("validation", "guard")}
+            scores = {tier: {"score": values[tier]} for tier in ("validation", *(["guard"] if seen else []))}
+    if "guard" in scores:
+        scores["guard"] |= seen["guard"] | scores["guard"]
     if model.get("final") == "all":
         return {"refitted_from": {"scores": model["before"]}, "batch_size": found["batch_size"]}
     if model["tested"] is not None:
@@ -328,6 +347,13 @@ def _believe(lineage: Mapping[str, Any]) -> list[str]:
         )
     else:
         chosen = "The validation score helped to choose the model, so it flatters."
+        corrected = (scores.get("guard") or {}).get("corrected")
+        if corrected is not None and corrected["interval"] is not None:
+            low, high = (number(end) for end in corrected["interval"])
+            chosen = (
+                f"{chosen} So did the guard score; corrected for that it is {number(corrected['estimate'])}, "
+                f"{corrected['level']:.0%} interval {low} to {high}."
+            )
     if tested is None:
         said = ", so no score speaks for it" if retrained else ""
         return [f"This model was not tested on held-out rows{said}. {chosen}", *_table(lineage, scores, "")]

@@ -30,11 +30,13 @@ def freeze(
     """
     prepared, selection = journal.get("prepared"), journal.get("selection")
     chosen = {role: selection[role]["trial"] for role in ("winner", "baseline") if selection[role] is not None}
-    known: dict[str, Any] | None = journal.get("frozen")
-    if known is not None and known["final"] == final and chosen == {r: m["trial"] for r, m in known["models"].items()}:
+    freezes: dict[str, Any] = journal.get("freezes") or {}
+    known = freezes.get(final or "as trained")
+    if known is not None and chosen == {role: model["trial"] for role, model in known["models"].items()}:
+        journal.put("frozen", known)
         return intact(known)
     place = folder / "frozen"
-    place.mkdir(exist_ok=True)
+    place.mkdir(mode=0o700, exist_ok=True)  # a refitted model has learned sealed labels
     written: dict[int, dict[str, Any]] = {}
     for number in dict.fromkeys(chosen.values()):
         written[number] = _written(journal, executor, watcher, place, number, final)
@@ -47,7 +49,9 @@ def freeze(
         "analysis": {"alpha": verdicts.TOTAL, "of opening i": "alpha 6 / (pi i)^2", "comparison": "paired"},
     }
     frozen["digest"] = hashlib.sha256(json.dumps(frozen, sort_keys=True).encode()).hexdigest()
-    journal.put("frozen", frozen)
+    with journal.one_commit():
+        journal.put("freezes", freezes | {final or "as trained": frozen})
+        journal.put("frozen", frozen)
     return frozen
 
 

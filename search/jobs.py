@@ -101,6 +101,16 @@ def completed(loaded: dict[str, Any], problem: Problem) -> dict[str, Any]:
     return {k: v for k, v in loaded.items() if k != "type"} | {"problem": problem.to_json(), "direction": direction}
 
 
+def openings(prepared: dict[str, Any]) -> int:
+    """How often the test rows have been opened so far, by any study."""
+    from search.data import SealedRows
+    from search.ledger import Ledger
+
+    manifest = prepared["manifest"]
+    hashes = SealedRows(Path(prepared["sealed"])).row_hashes()
+    return Ledger().openings(hashes, manifest["fingerprint"], prior=manifest["prior_openings"])
+
+
 def base_payload(prepared: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What every job that builds a model is handed; nothing in it leads to a sealed label."""
     return {

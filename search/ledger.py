@@ -49,6 +49,12 @@ class Ledger:
         """All lines in order, after checking the chain."""
         return self._chain.lines()
 
+    def ready(self) -> None:
+        """See that openings can be recorded, and that the chain is whole."""
+        with self._chain.locked():
+            pass
+        self.verify()
+
     def verify(self) -> int:
         """Check the chain and the rows beside it; the number of lines."""
         return len(self._checked()[0])

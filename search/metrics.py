@@ -355,9 +355,20 @@ def _balanced_value(_: Config, means: Array) -> Array:
     return _ratio(_ratio(both, truth).sum(axis=-1), (truth > 0).sum(axis=-1).astype(np.float64))
 
 
+def has_spread(means: Array) -> Array:
+    """Whether labels vary, from the means of R²'s parts; rounding leaves some spread where they do not.
+
+    Returns:
+        Shape (..., outputs).
+    """
+    _, mean, square = _thirds(means)
+    varies: Array = np.greater(square - mean**2, 1e-12 * square)
+    return varies
+
+
 def _r2_value(config: Config, means: Array) -> Array:
     error, mean, square = _thirds(means)
-    spread = np.maximum(square - mean**2, 0.0)
+    spread = np.where(has_spread(means), square - mean**2, 0.0)
     each = np.where(spread > 0, 1 - _ratio(error, spread), np.where(error > 0, 0.0, 1.0))
     if config.get("class_aggregation") == "variance_weighted_average":
         return _ratio((each * spread).sum(axis=-1), spread.sum(axis=-1))

@@ -25,7 +25,7 @@ def final(command: Any) -> Any:
     """What is tested."""
     return click.option(
         "--final",
-        type=click.Choice(["retrain"]),
+        metavar="retrain",
         help="Refit winner and baseline on train, validation and guard rows before they are tested.",
     )(command)
 

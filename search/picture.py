@@ -67,7 +67,7 @@ def figure(found: Found, series: Sequence[tuple[int, float, float | None]]) -> F
 def _scores(axes: Axes, found: Found) -> None:
     """Dots with their intervals: one line per tier, the baseline below the winner."""
     tiers, dots = _dots(found)
-    axes.set_title("Scores with their intervals", fontsize=13)
+    axes.set_title(f"Scores, with intervals{_levels(found)}", fontsize=13)
     if not dots:
         _empty(axes, "no scores yet")
         return
@@ -98,6 +98,13 @@ def _scores(axes: Axes, found: Found) -> None:
     _plain(axes, "x")
 
 
+def _levels(found: Found) -> str:
+    """Which interval is which, where there are any."""
+    test = found["test"] or {}
+    level = f"; test {100 * test['level']:.3g} %" if test.get("level") else ""
+    return f" (95 %{level})" if found["corrected"] is not None else ""
+
+
 def _dots(found: Found) -> tuple[list[str], list[_Dot]]:
     """The names of the tiers that have scores, from the top down, and the scores."""
     winner, corrected, test = found["winner"], found["corrected"], found["test"]
@@ -119,21 +126,26 @@ def _dots(found: Found) -> tuple[list[str], list[_Dot]]:
     def of(role: Found | None, key: str) -> tuple[float | None, Sequence[float] | None]:
         return (None, None) if role is None else (role.get(key), role.get(f"{key}_interval"))
 
-    add("validation", ("winner", *of(winner, "validation")), ("baseline", *of(baseline, "validation")))
+    rows = (found.get("data") or {}).get("tiers") or {}
+
+    def named(tier: str, more: str = "") -> str:
+        return f"{tier}{more}" + (f"\n{rows[tier]} rows" if tier in rows else "")
+
+    add(named("validation"), ("winner", *of(winner, "validation")), ("baseline", *of(baseline, "validation")))
     if corrected is not None and corrected["interval"] is not None:
-        guard, name = (corrected["estimate"], corrected["interval"]), "guard\n(winner: corrected)"
+        guard, name = (corrected["estimate"], corrected["interval"]), named("guard", "\n(winner: corrected)")
     else:
-        guard, name = of(winner, "guard"), "guard"
+        guard, name = of(winner, "guard"), named("guard")
     add(name, ("winner", *guard), ("baseline", *of(baseline, "guard")))
     if test is not None:
         theirs = (None, None) if baseline is None else (test["baseline"], test["baseline_interval"])
-        add("test", ("winner", test["winner"], test["interval"]), ("baseline", *theirs))
+        add(named("test"), ("winner", test["winner"], test["interval"]), ("baseline", *theirs))
     return tiers, dots
 
 
 def _history(axes: Axes, found: Found, series: Sequence[tuple[int, float, float | None]]) -> None:
     """The best validation score so far, and the guard score of the trial that has it."""
-    axes.set_title("Best trial so far, by validation score", fontsize=13)
+    axes.set_title("Best trial so far: what the search saw, and did not", fontsize=13)
     axes.set_xlabel("trial", fontsize=13)
     if not series:
         _empty(axes, "no completed trials yet")
@@ -144,7 +156,7 @@ def _history(axes: Axes, found: Found, series: Sequence[tuple[int, float, float 
     known = [value for value in guard if not math.isnan(value)]
     drawn = [("validation", validation, _VALIDATION, "-", "o")]
     if known:
-        drawn.append(("guard, never fed back", guard, _GUARD, "--", "D"))
+        drawn.append(("guard, looked at afterwards", guard, _GUARD, "--", "D"))
     for name, values, colour, dashes, marker in drawn:
         axes.step(numbers, values, dashes, where="post", color=colour, linewidth=2.5)
         axes.plot(numbers[-1:], values[-1:], marker, color=colour, markersize=8)

@@ -15,6 +15,7 @@ from typing import Any
 from search import devices, jobs, verdicts
 from search.errors import SpaceError
 from search.executors import NO_GPU, Job
+from search.judge import check_tiers
 from search.problem import DEFAULT_EPOCHS, find
 from search.samplers import get_sampler
 from search.space import Ask, Space
@@ -31,7 +32,8 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
         manifest of the rows), ``objective``, ``direction``, ``reported``, ``disagreement`` (see
         ``scoring.disagreement_line``), ``size``, ``trials``, ``confirmation`` (trainings after them), ``slots``,
         ``epochs``, ``epoch_seconds`` of the default model, ``estimate_seconds`` of the plan, were all trainings like
-        it, and ``shows`` (the smallest gain and gap that the test could show).
+        it, ``openings`` (of the test rows so far), and ``shows`` (the smallest
+        gain and gap that the next one could show).
 
     Raises:
         RequestError: As ``launch`` would.
@@ -59,10 +61,12 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
             ready = time.monotonic()
             seen = jobs.call(executor, Job("check", "check", payload), watcher, slot=executor.slots[0])
             trial = time.monotonic() - ready  # a process, a model, preflight in place of prediction, two epochs
+    check_tiers(Path(prepared["rows"]), Path(prepared["sealed"]), prepared["objective"], seen["declaration"])
     discovered = Space.from_json(found["space"])
     epochs = config.epochs or discovered.defaults().get("epochs") or prepared["epochs"] or DEFAULT_EPOCHS
     again, tiers = config.confirmation(), prepared["manifest"]["tiers"]
-    planned = verdicts.planned(seen["objective_kind"], tiers["guard"], tiers["test"])
+    opened = jobs.openings(prepared)
+    planned = verdicts.planned(seen["objective_kind"], tiers["guard"], tiers["test"], opened + 1)
     seconds = trial + (int(epochs) - 2) * seen["epoch_seconds"]
     return {
         "name": problem.name,
@@ -77,6 +81,7 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
         "epochs": int(epochs),
         "epoch_seconds": seen["epoch_seconds"],
         "trials": config.trials,
+        "openings": opened,
         "shows": None if planned is None else dataclasses.asdict(planned),
         "confirmation": {"finalists": again.finalists, "seeds": again.seeds, "runs": again.runs},
         "slots": len(slots),

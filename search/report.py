@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from search import belief, publishing, verdicts
+from search import belief, metrics, publishing, scoring, verdicts
 from search.domain import Domain
 from search.errors import StudyError
 from search.scoring import disagreement_line
@@ -23,6 +24,7 @@ def report(study: Study) -> dict[str, Any]:
         meta = journal.get("study") or {}
         selection = journal.get("selection") or {}
         evaluation = journal.get("evaluation") or {}
+        preflight = journal.get("preflight")
         ended = journal.get("ended")
     count = {state: sum(t.state is state for t in searched(trials)) for state in TrialState}
     failures: dict[str, int] = {}
@@ -37,7 +39,7 @@ def report(study: Study) -> dict[str, Any]:
         "ended": ended,
         "objective": meta.get("objective"),
         "direction": meta.get("direction"),
-        "proportion": bool(selection.get("proportion")),
+        "proportion": _is_proportion(str(meta.get("objective")), preflight),
         "sampler": meta.get("config", {}).get("sampler"),
         "trials": {
             "complete": count[TrialState.COMPLETE],
@@ -63,6 +65,10 @@ def report(study: Study) -> dict[str, Any]:
         "seconds": _busy(trials),
     }
     return found | {"believe": belief.paragraph(found)}
+
+
+def _is_proportion(objective: str, preflight: dict[str, Any] | None) -> bool:
+    return preflight is not None and scoring.resolve(objective, preflight["declaration"]).kind in metrics.PROPORTIONS
 
 
 def _busy(trials: Sequence[Trial]) -> float:
@@ -120,13 +126,15 @@ def lines(found: dict[str, Any]) -> list[str]:
     again = "" if own == shipped["trial"] else f", trained again as trial {shipped['trial']}"
     out.append(f"{'winner' if found['winner'] else 'best'}: the configuration of trial {own}{again}")
     out += [f"    {key} = {number(value)}" for key, value in shipped["params"].items()]
-    if found["baseline"] is None:
+    base = found["baseline"]
+    if base is None:
         out.append("the baseline (trial 0, the space's defaults) has not completed, so there is none to compare with")
+    elif base["trial"]:
+        out.append(f"baseline: the configuration of trial 0 (the space's defaults), again as trial {base['trial']}")
     out += _table(found, objective)
     if found["picture"]:
         out.append(f"picture: {found['picture']}")
-    if found["verdicts"]:
-        out.append(f"verdict: {', '.join(found['verdicts'])}")
+    out += [f"verdict: {name} ({verdicts.MEANING[name]})" for name in found["verdicts"]]
     return [*out, *textwrap.wrap(found["believe"], _WIDTH)]
 
 
@@ -139,10 +147,19 @@ def _confirmed(found: dict[str, Any], objective: str) -> list[str]:
         f"confirmed by {runs} trainings with fresh seeds ({confirmation['share']:.0%} of all training time); mean "
         f"{objective} on validation and guard rows, and how often each would win:"
     ]
-    for one in sorted(confirmation["finalists"], key=lambda one: -(one["wins"] or 0.0)):
+    better = -1 if found["direction"] == "max" else 1
+    finalists = sorted(
+        confirmation["finalists"], key=lambda one: (-(one["wins"] or 0), better * (one["score"] or -better * math.inf))
+    )
+    for one in finalists:
         wins = "" if one["wins"] is None else f", wins {one['wins']:.0%}"
         failed = f", {one['failed']} failed" if one["failed"] else ""
-        out.append(f"    trial {one['configuration']}: {number(one['score'])}{wins}{failed}")
+        score = "no score" if one["score"] is None else number(one["score"])
+        name = " (baseline)" if one["configuration"] == 0 else ""
+        out.append(f"    trial {one['configuration']}{name}: {score}{wins}{failed}")
+    rest = 1 - sum(one["wins"] or 0 for one in finalists)
+    if finalists[0]["wins"] is not None and rest >= 0.005:
+        out.append(f"    models of other trials, trained once: win {rest:.0%}")
     return out
 
 
@@ -151,34 +168,42 @@ def _table(found: dict[str, Any], objective: str) -> list[str]:
     winner, baseline, corrected, test = found["winner"], found["baseline"], found["corrected"], found["test"]
     if winner is None:
         return []
-    level = "" if test is None or test["level"] is None else f" ({test['level']:.0%} interval)"
+    tiers = (found["data"] or {}).get("tiers") or {}
+    level = "" if test is None or test["level"] is None else f" ({belief.level(test['level'])} interval)"
     rows: list[tuple[str, Any, Any, Any, Any]] = [
-        (f"validation {objective}", winner["validation"], None, (baseline or {}).get("validation"), None),
-        ("guard, as it is", winner["guard"], None, (baseline or {}).get("guard"), None),
+        (
+            f"validation, {tiers.get('validation')} rows",
+            winner["validation"],
+            None,
+            (baseline or {}).get("validation"),
+            None,
+        ),
+        (f"guard, {tiers.get('guard')} rows", winner["guard"], None, (baseline or {}).get("guard"), None),
     ]
-    if corrected["interval"] is not None:
-        title = f"guard, corrected ({corrected['level']:.0%} interval)"
+    if corrected is not None and corrected["interval"] is not None:
+        title = f"guard, corrected ({belief.level(corrected['level'])} interval)"
         rows.append((title, corrected["estimate"], corrected["interval"], None, None))
     if test is not None:
-        rows.append((f"test{level}", test["winner"], test["interval"], test["baseline"], test["baseline_interval"]))
-    out = [f"{'':34}{'winner':30}baseline"]
+        title = f"test, {test['rows']} rows{level}"
+        rows.append((title, test["winner"], test["interval"], test["baseline"], test["baseline_interval"]))
+    out = [f"{objective:38}{'winner':30}baseline"]
     for title, ours, between, theirs, their_between in rows:
         shown = [_with_interval(ours, between), "" if theirs is None else _with_interval(theirs, their_between)]
-        out.append(f"{title:34}{shown[0]:30}{shown[1]}".rstrip())
+        out.append(f"{title:38}{shown[0]:30}{shown[1]}".rstrip())
     if test is None:
         name = found["study"]
         out.append(f"test: {found['sealed'] or f'the rows are still sealed; `heldout evaluate {name}` opens them'}")
     elif test["gain"] is not None:
         gain = test["gain"]
         out.append(
-            f"gain on the {test['rows']} test rows: {number(gain['gain'])}, {test['level']:.0%} interval "
-            f"{_interval(gain['interval'])} (opening {test['opening']})"
+            f"gain over the baseline on test rows: {number(gain['gain'])}, {belief.level(test['level'])} interval "
+            f"{_interval(gain['interval'])} (opening {test['opening']} of these rows)"
         )
     return out
 
 
 def _with_interval(value: Any, between: list[float] | None) -> str:
-    return number(value) + ("" if between is None else f" ({_interval(between)})")
+    return ("unknown" if value is None else number(value)) + ("" if between is None else f" ({_interval(between)})")
 
 
 def check_lines(found: dict[str, Any]) -> list[str]:
@@ -193,11 +218,19 @@ def check_lines(found: dict[str, Any]) -> list[str]:
         *(f"    {key}: {_domain(domain)}" for key, domain in found["space"].items()),
         f"the model reports: {', '.join(found['reported'])}",
         *([] if (line := disagreement_line(found)) is None else [f"note: {line}"]),
+        *_opened(found["openings"]),
         *([] if found["shows"] is None else [verdicts.planned_line(verdicts.Planned(**found["shows"]))]),
         f"plan: {found['trials']} trials{_again(found['confirmation'])} of up to {found['epochs']} epochs on "
         f"{found['slots']} slots, {number(found['epoch_seconds'])} s an epoch: about "
         f"{found['estimate_seconds'] / 60:.1f} minutes",
     ]
+
+
+def _opened(openings: int) -> list[str]:
+    if not openings:
+        return []
+    times = "once" if openings == 1 else f"{openings} times"
+    return [f"note: these test rows have been opened {times} before: a launch leaves them sealed (--evaluate auto)"]
 
 
 def _again(confirmation: dict[str, int]) -> str:
@@ -223,6 +256,8 @@ def status(study: Study) -> dict[str, Any]:
 
 def status_line(found: dict[str, Any]) -> str:
     """How far a study is, in one line."""
+    if found["planned"] is None:
+        return f"{found['study']}: {found['state'].lower()}, nothing recorded yet"
     best_, failed, done = found["best"], found["trials"]["failed"], sum(found["trials"].values())
     parts = [f"{found['study']}: {found['state'].lower()}, {done} of {found['planned']} trials"]
     parts += [f", {failed} failed"] if failed else []

@@ -256,7 +256,7 @@ def conclusion_tags(selection: Mapping[str, Any], evaluation: Mapping[str, Any])
     tags = {"heldout.verdicts": ", ".join(evaluation.get("verdicts") or [])}
     if selection:
         tags["heldout.winner"] = str(selection["winner"]["trial"])
-        tags["heldout.corrected.scope"] = selection["corrected"]["scope"]
+        tags["heldout.scope"] = (selection["corrected"] or {}).get("scope", "")
     return {key: value for key, value in tags.items() if value}
 
 

@@ -60,6 +60,29 @@ _NAMES = {spelling.replace("_", ""): kind for kind in metrics.KINDS for spelling
 # Losses whose settings change their value: trusted only where the declaration gives the settings.
 _WITH_SETTINGS = frozenset({"huber", "cosine_similarity"})
 
+# What ``metrics`` reads of a kind's settings, and what it takes where they are not given. ``from_logits`` says how to
+# read predictions, but matters here for crossentropies: only probabilities are clipped, so they are no further off
+# than 16, and logits are.
+_READ: dict[str, dict[str, Any]] = {
+    "crossentropy": {"from_logits": False},
+    "binary_crossentropy": {"from_logits": False},
+    "categorical_crossentropy": {"from_logits": False},
+    "sparse_categorical_crossentropy": {"from_logits": False},
+    "accuracy": {"threshold": 0.5},
+    "binary_accuracy": {"threshold": 0.5},
+    "top_k_categorical_accuracy": {"k": 5},
+    "sparse_top_k_categorical_accuracy": {"k": 5},
+    "auc": {"multi_label": False},
+    "average_precision": {"multi_label": False},
+    "precision": {"thresholds": 0.5, "class_id": None},
+    "recall": {"thresholds": 0.5, "class_id": None},
+    "f1_score": {"average": None, "threshold": None},
+    "r2_score": {"class_aggregation": "uniform_average"},
+    "huber": {"delta": 1.0},
+}
+# Settings of what only Keras can compute that are no part of a score: names, and how training treats rows and labels.
+_NOT_READ = frozenset({"name", "dtype", "label_smoothing", "reduction"})
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -149,14 +172,23 @@ def resolve(objective: str, declaration: Mapping[str, Any]) -> Metric:
 
 
 def _reported(declaration: Mapping[str, Any]) -> dict[str, Metric]:
+    return _reported_losses(declaration) | _reported_metrics(declaration)
+
+
+def _reported_losses(declaration: Mapping[str, Any]) -> dict[str, Metric]:
     outputs = declaration["outputs"]
-    several = len(outputs) > 1
     kinds = [_loss_kind(output) for output in outputs]
     found = {"val_loss": Metric("loss" if all(kinds) else "custom")}
     for at, (output, kind) in enumerate(zip(outputs, kinds, strict=True)):
-        if several:
+        if len(outputs) > 1:
             found[f"val_{output['name']}_loss"] = Metric("loss" if kind else "custom", at)
-    names = [output["name"] for output in outputs]
+    return found
+
+
+def _reported_metrics(declaration: Mapping[str, Any]) -> dict[str, Metric]:
+    names = [output["name"] for output in declaration["outputs"]]
+    several = len(names) > 1
+    found = {}
     for metric in declaration["metrics"]:
         of, name = metric.get("output"), metric["name"]
         number = names.index(of) if of in names else None if several else 0
@@ -165,6 +197,45 @@ def _reported(declaration: Mapping[str, Any]) -> dict[str, Metric]:
         config = dict(metric.get("config") or {})
         found[f"val_{name}"] = Metric(_metric_kind(metric["kind"], config, number), number, config)
     return found
+
+
+def meaning(objective: str, declaration: Mapping[str, Any]) -> dict[str, Any]:
+    """What a score by ``objective`` depends on besides predictions and labels; compare scores where it is equal.
+
+    Args:
+        objective: As for ``resolve``; ``declaration`` as well.
+
+    Returns:
+        JSON by words for people, the most telling first: what is computed, of which output, and the settings that
+        the scorer reads; for losses, of every output. A metric that only Keras knows means what it declares.
+
+    Raises:
+        SpaceError: As ``resolve``.
+    """
+    metric, outputs = resolve(objective, declaration), declaration["outputs"]
+    if objective in _reported_metrics(declaration):
+        config = dict(metric.config)
+        if metric.output is not None and not metric.is_custom:
+            config.setdefault("from_logits", bool(outputs[metric.output].get("from_logits")))
+        return {"metric": metric.kind, "output": metric.output, **_settings(metric.kind, config)}
+    found: dict[str, Any] = {}
+    for number in range(len(outputs)) if metric.output is None else [metric.output]:
+        output, kind = outputs[number], _loss_kind(outputs[number])
+        config = dict(output.get("config") or {}) | {"from_logits": bool(output.get("from_logits"))}
+        known: dict[str, Any] = {"loss": kind or output.get("loss") or config.get("name")}
+        if metric.output is None:
+            known["weight"] = float(output.get("weight", 1.0))
+        known |= _settings(kind or "custom", config)
+        place = "" if len(outputs) == 1 else f" of output {number}"
+        found |= {f"{name}{place}": value for name, value in known.items()}
+    return found | {"output": metric.output, "computed by": "Keras" if metric.is_custom else "the scorer"}
+
+
+def _settings(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a metric or loss that its value depends on."""
+    if kind == "custom":
+        return {name: value for name, value in config.items() if name not in _NOT_READ}
+    return {name: config.get(name, usual) for name, usual in _READ.get(kind, {}).items()}
 
 
 def _canonical(name: str) -> str | None:
@@ -212,6 +283,16 @@ def score(metric: Metric, declaration: Mapping[str, Any], predictions: Any, labe
     Raises:
         TrialFailed: ``invalid`` if rows or shapes do not match, ``nan`` if a prediction is not finite.
     """
+    parts = parts_of(metric, declaration, predictions, labels)
+    mean = metric.kind not in metrics.RANKS and metric.kind not in metrics.RATIOS
+    return Score(metric, _finite(value_of(metric, parts)), parts[:, 0] if mean else None, parts)
+
+
+def parts_of(metric: Metric, declaration: Mapping[str, Any], predictions: Any, labels: Any) -> Floats:
+    """What each row contributes to a score (see ``metrics``), shape (rows, columns).
+
+    Args and errors are those of ``score``; parts may be there where the score has no value, see ``value_of``.
+    """
     if metric.is_custom:
         raise ValueError("a custom metric is computed by its Keras object, in a scoring process, not by score()")
     outputs = declaration["outputs"]
@@ -224,12 +305,10 @@ def score(metric: Metric, declaration: Mapping[str, Any], predictions: Any, labe
         for number in wanted:
             weight = 1.0 if metric.output is not None else float(outputs[number].get("weight", 1.0))
             total += weight * _loss(outputs[number], predicted[number], truth[number])
-        return Score(metric, _finite(float(total.mean())), total[:, 0], total)
+        return total
     (number,) = wanted
     logits = bool(outputs[number].get("from_logits"))
-    parts = _parts(metric.kind, metric.config, truth[number], predicted[number], logits)
-    mean = metric.kind not in metrics.RANKS and metric.kind not in metrics.RATIOS
-    return Score(metric, _finite(value_of(metric, parts)), parts[:, 0] if mean else None, parts)
+    return _parts(metric.kind, metric.config, truth[number], predicted[number], logits)
 
 
 def value_of(metric: Metric, parts: Array) -> float:

@@ -6,46 +6,19 @@ rows and scores what it chose on the rows left out, which it did not look at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from search import metrics
-from search.errors import StudyFailed
+from search.candidates import Candidate, Pool, parts_of
+from search.few_errors import exact_interval, is_few
+from search.intervals import tails
 from search.metrics import Array, Codes, Floats
-from search.ranks import weighted
-from search.scoring import Metric
-from search.statistics import _alone, _kind, _tails, _units
+from search.scoring import Metric, Score
+from search.statistics import _alone, _units
 
-_VALUES = 4_000_000  # float64 values held at once: 32 MB
-_RANK_VALUES = 2_000_000_000  # row weights that rank metrics may look at in all, about 15 s
-_RANK_REPEATS = 200
-_ROUNDING = 1e-12
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """One trained model that could be shipped.
-
-    Attributes:
-        trial: Number of the trial that trained it.
-        configuration: Number of the search trial whose configuration it has; its own number without confirmation.
-        size: Its weights, for ties; None counts as infinitely many.
-        score: On validation rows, in the metric's units.
-        guard: On guard rows.
-        parts: What each guard row contributes (see ``metrics.parts``), shape (guard rows, columns), of any float
-            type, a memory map if it likes; None for a metric that only Keras can compute.
-        validation: Sums of parts over validation rows, shape (columns,); None for rank metrics and custom ones.
-    """
-
-    trial: int
-    configuration: int
-    size: int | None
-    score: float
-    guard: float
-    parts: Array | None
-    validation: Floats | None
+_TOO_RARE = "too few guard rows of a class to resample, so it is not corrected"
 
 
 @dataclass(frozen=True)
@@ -57,12 +30,14 @@ class Choice:
         trial: The winner.
         pooled: Trial to its score over validation and guard rows together.
         means: Configuration to the mean pooled score over its fresh runs, over its only run if there is none.
+        best: Configuration to the trial that it would ship: its best run by the rule that chose the winner.
     """
 
     configuration: int
     trial: int
     pooled: dict[int, float]
     means: dict[int, float]
+    best: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -118,7 +93,7 @@ def choose(
     Raises:
         StudyFailed: If no candidate is left.
     """
-    pool = _Pool(metric, direction, candidates)
+    pool = Pool(metric, direction, candidates)
     pooled = pool.scores(pool.runs, validation_rows, np.ones((guard_rows, 1)))
     winner = pool.runs[int(pool.first_best(pooled)[0])]
     return Choice(
@@ -126,6 +101,7 @@ def choose(
         trial=winner.trial,
         pooled={run.trial: float(score) for run, score in zip(pool.runs, pooled[:, 0], strict=True)},
         means={number: float(pooled[at, 0].mean()) for number, at in pool.fresh.items()},
+        best={number: pool.runs[at[int(pool.first_best(pooled[at])[0])]].trial for number, at in pool.members.items()},
     )
 
 
@@ -139,7 +115,7 @@ def noise_floor(
     Returns:
         In the metric's units; None if no configuration has two fresh runs.
     """
-    pool = _Pool(metric, direction, candidates)
+    pool = Pool(metric, direction, candidates)
     pooled = pool.scores(pool.runs, validation_rows, np.ones((guard_rows, 1)))[:, 0]
     squares = sum(float(((pooled[at] - pooled[at].mean()) ** 2).sum()) for at in pool.fresh.values())
     freedom = sum(len(at) - 1 for at in pool.fresh.values())
@@ -168,7 +144,8 @@ def corrected(
     all that guard rows decide.
 
     It speaks for models that were not fitted to guard rows. Its interval is wider than its level says: what is left
-    out of a resample is a third of the rows.
+    out of a resample is a third of the rows. Resamples in which the metric has no value, or which lack a class that
+    guard rows have, are left out.
 
     Args:
         baseline: Number of the configuration that gains are measured against. Gains over it are 0 if it is chosen.
@@ -178,18 +155,17 @@ def corrected(
         seed: The same seed gives the same result.
 
     Returns:
-        The estimate; resamples in which the metric has no value are left out. ``method`` says if it is not corrected:
-        then it is the chosen model's plain guard score.
+        The estimate. ``method`` says if it is not corrected, as where fewer than half of the resamples are left: then
+        it is the chosen model's plain guard score.
 
     Raises:
         StudyFailed: If no candidate has finite numbers.
     """
-    pool = _Pool(metric, direction, candidates)
+    pool = Pool(metric, direction, candidates)
     choice = choose(metric, direction, pool.runs, validation_rows, guard_rows)
-    plain = next(run.guard for run in pool.runs if run.trial == choice.trial)
+    chosen = next(run for run in pool.runs if run.trial == choice.trial)
     if metric.is_custom:
-        why = "none: only Keras can compute this metric, so it is not corrected"
-        return Corrected(plain, None, None, level, why, {}, None, None)
+        return _plain(chosen, level, "only Keras can compute this metric, so it is not corrected")
     units = _units(guard_rows, groups, ordered)
     repeats = pool.affordable(repeats)
     # Per resample: the winner, its configuration's mean, and the same two of the baseline.
@@ -212,9 +188,9 @@ def corrected(
             found[3, block] = pool.mean(baseline, out)
         found[:, block][:, np.isnan(pooled).any(axis=0)] = np.nan
     kept = np.isfinite(found[0])
-    if not kept.any():
-        why = "none: too few guard rows to resample"
-        return Corrected(plain, None, None, level, why, {}, None, None)
+    if 2 * kept.sum() < repeats:
+        rare = "too few guard rows to resample" if not kept.any() else _TOO_RARE
+        return _plain(chosen, level, rare)
     found, winners = found[:, kept], winners[kept]
     rows = "guard rows" if units is None else f"{int(units.max()) + 1} groups of guard rows"
     method = f"bootstrap bias-corrected over {len(winners)} resamples of {rows}"
@@ -223,11 +199,12 @@ def corrected(
     if base is not None:
         sign = 0.0 if choice.configuration == baseline else pool.sign
         shipped_gain, configuration_gain = (_gain(sign * (found[k] - found[k + 2]), level) for k in (0, 1))
-    low, high = np.quantile(found[0], _tails(level))
+    score = Score(metric, chosen.guard, None, np.asarray(parts_of(chosen), np.float64))
+    low, high = _ends(score, found[0], units, level)
     return Corrected(
         estimate=float(found[0].mean()),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         level=level,
         method=_alone(method) if units is None and groups is not None else method,
         wins=shares,
@@ -236,153 +213,27 @@ def corrected(
     )
 
 
-def _gain(values: Floats, level: float) -> Gain:
-    low, high = np.quantile(values, _tails(level))
-    return Gain(float(values.mean()), float(low), float(high))
+def _plain(chosen: Candidate, level: float, why: str) -> Corrected:
+    return Corrected(chosen.guard, None, None, level, f"none: {why}", {}, None, None)
 
 
-class _Pool:
-    """The candidates that can win, scored for many weightings of guard rows at once.
+def _ends(plain: Score, values: Floats, units: Codes | None, level: float) -> tuple[float, float]:
+    """The interval of resampled values; with few errors it reaches as far as the plain score's exact one.
 
-    Attributes:
-        runs: In the order that breaks ties.
-        members: Configuration to the positions of its runs.
-        fresh: The same of its fresh runs, or of its only run where there is none.
+    Rows left out that hold no error say nothing of how many errors there are: without any in all guard rows, every
+    resample says 100 %.
     """
-
-    def __init__(self, metric: Metric, direction: str, candidates: Sequence[Candidate]) -> None:
-        self._kind, self._config, self._ranks = _kind(metric), metric.config, metric.kind in metrics.RANKS
-        self._custom = metric.is_custom
-        self.sign = 1.0 if direction == "max" else -1.0
-        self.runs = sorted((run for run in candidates if _is_finite(run)), key=_in_order)
-        if not self.runs:
-            raise StudyFailed(
-                f"a winner needs finite scores on validation and guard rows, but none of {len(candidates)} models has "
-                "them; try a lower learning rate"
-            )
-        configurations = np.array([run.configuration for run in self.runs])
-        self.members: dict[int, Codes] = {
-            int(number): np.flatnonzero(configurations == number) for number in np.unique(configurations)
-        }
-        own = np.array([run.configuration == run.trial for run in self.runs])
-        self.fresh = {number: at[~own[at]] if (~own[at]).any() else at for number, at in self.members.items()}
-
-    def mean(self, configuration: int, weights: Floats) -> Floats:
-        """A configuration's mean over its fresh runs on weighted guard rows, shape (weightings,)."""
-        runs = [self.runs[k] for k in self.fresh[configuration]]
-        found: Floats = self.scores(runs, 0, weights).mean(axis=0)
-        return found
-
-    def first_best(self, scores: Floats) -> Codes:
-        """In each column the first row that no other beats by more than rounding."""
-        oriented = self.sign * scores
-        best = oriented.max(axis=0)
-        first: Codes = (oriented >= best - _ROUNDING * np.abs(best)).argmax(axis=0)
-        return first
-
-    def scores(self, runs: Sequence[Candidate], validation_rows: int, weights: Floats) -> Floats:
-        """Scores over validation rows and weighted guard rows; over guard rows alone if ``validation_rows`` is 0.
-
-        Args:
-            weights: Shape (guard rows, weightings).
-
-        Returns:
-            Shape (runs, weightings); nan where the metric has no value.
-        """
-        totals = validation_rows + weights.sum(axis=0)
-        if self._ranks or self._custom:
-            guard = np.stack([self._rank_values(run, weights) for run in runs])
-            score = np.array([run.score for run in runs])[:, None] if validation_rows else 0.0
-            with np.errstate(invalid="ignore"):
-                tiers: Floats = (validation_rows * score + weights.sum(axis=0) * guard) / totals
-            return tiers
-        columns = _parts(runs[0]).shape[1]
-        at_once = max(1, _VALUES // (columns * max(weights.shape)))
-        found = [
-            self._means_values(runs[start : start + at_once], validation_rows, weights)
-            for start in range(0, len(runs), at_once)
-        ]
-        together: Floats = np.concatenate(found)
-        together[:, totals == 0] = np.nan
-        return together
-
-    def _means_values(self, runs: Sequence[Candidate], validation_rows: int, weights: Floats) -> Floats:
-        parts = np.stack([_parts(run).T for run in runs], dtype=np.float64)  # float64, so that ties are ties
-        count, columns, rows = parts.shape
-        sums = (parts.reshape(count * columns, rows) @ weights).reshape(count, columns, -1)
-        if validation_rows:
-            sums += np.stack([_sums(run) for run in runs])[:, :, None]
-        means = sums / np.maximum(validation_rows + weights.sum(axis=0), 1)
-        means = np.moveaxis(means, 1, -1)
-        values: Floats = metrics.combine(self._kind, self._config, means)
-        if not validation_rows:
-            values[_lacks_a_class(self._kind, means)] = np.nan
-        return values
-
-    def _rank_values(self, run: Candidate, weights: Floats) -> Floats:
-        if self._custom:
-            return np.full(weights.shape[1], run.guard)
-        return weighted(self._kind, self._config, _parts(run), weights)
-
-    def affordable(self, repeats: int) -> int:
-        """Fewer repeats where a rank metric would take minutes."""
-        if not self._ranks:
-            return repeats
-        entries = len(self.runs) * _parts(self.runs[0]).size // 2
-        return min(repeats, max(_RANK_REPEATS, _RANK_VALUES // max(entries, 1)))
-
-    def draws(self, rows: int, units: Codes | None, repeats: int, seed: int) -> Iterator[Floats]:
-        """How often each guard row is drawn, in blocks of shape (rows, some repeats).
-
-        For rank metrics of one output positives and negatives are drawn apart, so that neither run out.
-        """
-        rng = np.random.default_rng(seed)
-        strata = [np.arange(rows)]
-        parts = _parts(self.runs[0])
-        if self._ranks and parts.shape[1] == 2:
-            strata = [np.flatnonzero(side) for side in (parts[:, 0] > 0.5, parts[:, 0] <= 0.5) if side.any()]
-        width = parts.shape[1] // 2 if self._ranks else 1
-        at_once = max(1, _VALUES // (rows * width))
-        for start in range(0, repeats, at_once):
-            count = min(at_once, repeats - start)
-            weights = np.empty((rows, count))
-            if units is None:
-                for stratum in strata:
-                    weights[stratum] = _multinomial(rng, len(stratum), count)
-            else:
-                weights[:] = _multinomial(rng, int(units.max()) + 1, count)[units]
-            yield weights
+    low, high = (float(end) for end in np.quantile(values, tails(level)))
+    if low == high or is_few(plain, units):
+        exact = exact_interval(plain, units, level)
+        if exact is not None:
+            return min(low, exact.low), max(high, exact.high)
+    return low, high
 
 
-def _multinomial(rng: np.random.Generator, count: int, repeats: int) -> Codes:
-    """How often each of ``count`` is drawn in as many draws with replacement, shape (count, repeats)."""
-    return rng.multinomial(count, np.full(count, 1 / count), size=repeats).T
-
-
-def _lacks_a_class(kind: str, means: Floats) -> Array:
-    """Where a ratio is 0 by convention for want of rows, which says nothing about the model."""
-    truth = means[..., -(means.shape[-1] // 3) :]
-    if kind in ("precision", "recall", "f1_score"):
-        lacks: Array = truth.sum(axis=-1) == 0
-    else:
-        lacks = (truth.max(axis=-1) == 1) & (kind == "mcc")
-    return lacks
-
-
-def _parts(run: Candidate) -> Array:
-    assert run.parts is not None, "only a custom metric has no parts"
-    return run.parts
-
-
-def _sums(run: Candidate) -> Floats:
-    assert run.validation is not None, "a metric of sums over rows comes with its sums over validation rows"
-    return run.validation
-
-
-def _is_finite(run: Candidate) -> bool:
-    numbers = [run.score, run.guard, *([] if run.validation is None else run.validation)]
-    return bool(np.isfinite(numbers).all() and (run.parts is None or np.isfinite(run.parts).all()))
-
-
-def _in_order(run: Candidate) -> tuple[float, int, int]:
-    return (float("inf") if run.size is None else run.size, run.configuration, run.trial)
+def _gain(values: Floats, level: float) -> Gain | None:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    low, high = np.quantile(values, tails(level))
+    return Gain(float(values.mean()), float(low), float(high))

@@ -1,7 +1,7 @@
-"""Intervals: how far a test score, or a winner's gain over the baseline, could lie from the truth.
+"""How far a score could lie from the truth, or a winner's gain over the baseline, on rows of any dependence.
 
-What SciPy has is SciPy's; DeLong, Newcombe and the mid-p are written out because no well-kept library
-has them. Every function takes its confidence level, since later openings of a test set need wider ones.
+Formulas come from ``intervals``, resampling from here. Every function takes its confidence level, since later
+openings of a test set need wider intervals.
 """
 
 from __future__ import annotations
@@ -14,49 +14,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from search import metrics
-from search.errors import TrialFailed
-from search.metrics import Array, Floats
-from search.scoring import Metric, Score, value_of
+from search.few_errors import bounds, exact_interval, is_few
+from search.intervals import (
+    Difference,
+    Interval,
+    auc_difference,
+    auc_error,
+    auc_interval,
+    matched_interval,
+    mcnemar,
+    proportion_interval,
+    tails,
+    z,
+)
+from search.metrics import Array, Codes, Floats
+from search.ranks import weighted
+from search.scoring import Metric, Score
 
-_FEW_ERRORS = 10
 _CLOSED_FORM_ROWS = 50_000
 _BATCH = 200
 _BATCH_VALUES = 200_000  # of single values: what stays in the processor's cache is twice as fast
+_RANK_VALUES = 1_000_000
+_DRAWS = 9_999
 _RANK_DRAWS = 1_000
-
-Codes = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A confidence interval in the metric's own units; ``method`` says in words how it was made."""
-
-    low: float
-    high: float
-    method: str
-    level: float
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Winner against baseline on the same rows, turned so that positive is an improvement.
-
-    Attributes:
-        estimate: The gain.
-        low, high: Its confidence interval.
-        p: Two-sided p-value against no gain (McNemar mid-p, DeLong), None where there is no such test.
-    """
-
-    estimate: float
-    low: float
-    high: float
-    method: str
-    level: float
-    p: float | None
+_DRAWS_PER_TAIL = 20  # beyond each end of an interval, or the end is what one lucky draw was
+_MOST_DRAWS = 20  # times as many as at the first opening
 
 
 def test_interval(
@@ -65,7 +50,8 @@ def test_interval(
     """The confidence interval of one model's score.
 
     Proportions: Wilson, or Clopper-Pearson with fewer than 10 errors or successes. AUC: DeLong. All
-    else: BCa bootstrap, above 50,000 rows the closed form.
+    else: BCa bootstrap, above 50,000 rows the closed form; not narrower than Clopper-Pearson where a
+    bounded metric shows too little spread to be believed.
 
     Args:
         groups: One value per row; whole groups are resampled then.
@@ -81,42 +67,51 @@ def _interval(score: Score, units: Codes | None, level: float, seed: int) -> Int
     if units is None and _is_yes_no(score):
         n = len(score.parts)
         return proportion_interval(n - round(float(score.parts[:, 0].sum())), n, level=level)
-    if score.metric.kind in metrics.RANKS:
-        if units is None and _suits_delong(score):
-            return _auc_interval(score.parts[:, 0] > 0.5, score.parts[:, 1], level)
-        values = _drawn(lambda at: value_of(score.metric, score.parts[at]), len(score.parts), units, seed)
-        low, high = np.quantile(values, _tails(level))
-        return Interval(float(low), float(high), f"percentile bootstrap{_of(units)}", level)
+    if score.metric.kind not in metrics.RANKS:
 
-    def value(means: Array) -> Any:
-        return metrics.combine(_kind(score.metric), score.metric.config, means)
+        def value(means: Array) -> Any:
+            return metrics.combine(_kind(score.metric), score.metric.config, means)
 
-    return _resampled(score.parts, value, units, level, seed)
+        found = _resampled(score.parts, value, units, level, seed)
+    elif units is None and _suits_delong(score):
+        found = auc_interval(score.parts[:, 0] > 0.5, score.parts[:, 1], level)
+    else:
+        draws = _drawn(lambda weights: _ranked(score, weights), len(score.parts), units, level, seed)
+        found = _percentiles(draws, score.value, units, level)
+    limits, exact = bounds(score.metric), exact_interval(score, units, level)
+    if limits is None or exact is None:
+        return found
+    if found.low == found.high:
+        return exact
+    low, high, method = max(limits[0], found.low), min(limits[1], found.high), found.method
+    if is_few(score, units):
+        low, high = min(low, exact.low), max(high, exact.high)
+        method = f"{method}, not narrower than {exact.method}"
+    return Interval(low, high, method, level)
 
 
 def standard_error(score: Score, *, groups: Array | None = None, ordered: bool = False) -> float:
     """The standard error of one model's score, in the metric's own units.
 
     Functions of means: the jackknife, which is s/√n for a mean. AUC of one output: DeLong. Other rank metrics, and
-    all of them on groups: the bootstrap's standard deviation. Where that is 0, as with all rows right, it is the half
-    width of ``test_interval`` over its z; 0 is left where that is a point too, as for constant losses.
+    all of them on groups: the bootstrap's standard deviation. Of a bounded metric it is at least the half width of
+    ``exact_interval`` over its z with few errors, or where it would be 0: neither shows how many there could be.
 
     Args:
         groups, ordered: As for ``test_interval``.
     """
     units = _units(len(score.parts), groups, ordered)
-    metric, error = score.metric, 0.0
+    metric = score.metric
     if metric.kind not in metrics.RANKS:
         error = _totals(score.parts, lambda m: metrics.combine(_kind(metric), metric.config, m), units).error
     elif units is None and _suits_delong(score):
-        variance = float(delong(score.parts[:, 0] > 0.5, score.parts[None, :, 1])[1][0, 0])
-        error = math.sqrt(variance) if variance > 1e-15 else 0.0
+        error = auc_error(score.parts[:, 0] > 0.5, score.parts[:, 1])
     else:
-        error = float(_drawn(lambda at: value_of(metric, score.parts[at]), len(score.parts), units, 0).std())
-    if error > 0:
+        error = float(_drawn(lambda weights: _ranked(score, weights), len(score.parts), units, 0.95, 0).std())
+    exact = exact_interval(score, units, 0.95)
+    if exact is None or (error > 0 and not is_few(score, units)):
         return error
-    found = _interval(score, units, 0.95, 0)
-    return (found.high - found.low) / 2 / _z(0.95)
+    return max(error, (exact.high - exact.low) / 2 / z(0.95))
 
 
 def paired_difference(
@@ -151,18 +146,16 @@ def paired_difference(
 def _difference(winner: Score, baseline: Score, units: Codes | None, level: float, seed: int) -> Difference:
     metric = winner.metric
     kind, config, sign = _kind(metric), metric.config, 1.0 if metrics.higher_is_better(metric.kind) else -1.0
-    estimate = sign * (winner.value - baseline.value)
+    estimate = float(sign * (winner.value - baseline.value))
     if kind in metrics.RANKS:
         if units is None and _suits_delong(winner):
-            return _auc_difference(winner.parts, baseline.parts, level)
-        values = _drawn(
-            lambda at: value_of(metric, winner.parts[at]) - value_of(metric, baseline.parts[at]),
-            len(winner.parts),
-            units,
-            seed,
-        )
-        low, high = np.quantile(values, _tails(level))
-        return Difference(estimate, float(low), float(high), f"paired percentile bootstrap{_of(units)}", level, None)
+            return auc_difference(winner.parts[:, 0] > 0.5, winner.parts[:, 1], baseline.parts[:, 1], level)
+
+        def gains(weights: Floats) -> Floats:
+            return _ranked(winner, weights) - _ranked(baseline, weights)
+
+        found = _percentiles(_drawn(gains, len(winner.parts), units, level, seed), estimate, units, level)
+        return Difference(estimate, found.low, found.high, f"paired {found.method}", level, None)
     width = winner.parts.shape[1]
 
     def gain(means: Array) -> Any:
@@ -174,107 +167,16 @@ def _difference(winner: Score, baseline: Score, units: Codes | None, level: floa
         found = _resampled(fewer, lambda means: means[..., 0], units, level, seed)
     else:
         found = _resampled(np.hstack([winner.parts, baseline.parts]), gain, units, level, seed)
-    p = None
     if units is None and _is_yes_no(winner) and _is_yes_no(baseline):
-        won = (winner.parts[:, 0] < baseline.parts[:, 0]).sum()
-        lost = (winner.parts[:, 0] > baseline.parts[:, 0]).sum()
-        p = mcnemar(int(won), int(lost)).mid_p
-    return Difference(estimate, found.low, found.high, f"paired {found.method}", level, p)
-
-
-def proportion_interval(successes: int, rows: int, *, level: float = 0.95, method: str | None = None) -> Interval:
-    """A proportion's interval: "wilson", or "exact" (Clopper-Pearson) with few errors or few successes.
-
-    Args:
-        method: One of the two, to override the choice.
-    """
-    if method is None:
-        method = "exact" if min(successes, rows - successes) < _FEW_ERRORS else "wilson"
-    found = stats.binomtest(successes, rows).proportion_ci(confidence_level=level, method=method)
-    return Interval(
-        float(found.low), float(found.high), {"exact": "Clopper-Pearson", "wilson": "Wilson"}[method], level
-    )
-
-
-def newcombe(successes: int, rows: int, other_successes: int, other_rows: int, *, level: float = 0.95) -> Difference:
-    """First proportion less the second, on different rows.
-
-    Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10.
-    """
-    p, q = successes / rows, other_successes / other_rows
-    a = proportion_interval(successes, rows, level=level, method="wilson")
-    b = proportion_interval(other_successes, other_rows, level=level, method="wilson")
-    low = p - q - math.hypot(p - a.low, b.high - q)
-    high = p - q + math.hypot(a.high - p, q - b.low)
-    return Difference(p - q, low, high, "Newcombe", level, None)
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """Two-sided p-values: ``exact``, and ``mid_p``, which is not conservative."""
-
-    exact: float
-    mid_p: float
-
-
-def mcnemar(won: int, lost: int) -> McNemar:
-    """Whether two models that disagree on ``won + lost`` rows are right equally often on them.
-
-    Fagerland, Lydersen, Laake 2013, "The McNemar test for binary matched-pairs data".
-    """
-    if won == lost:
-        return McNemar(1.0, 1.0)
-    fewer = min(won, lost)
-    exact = float(stats.binomtest(fewer, won + lost).pvalue)
-    return McNemar(exact, exact - float(stats.binom.pmf(fewer, won + lost, 0.5)))
-
-
-def delong(labels: Array, scores: Array) -> tuple[Floats, Floats]:
-    """AUCs of several scores of the same rows, and the covariance of these AUCs.
-
-    Sun and Xu 2014, "Fast implementation of DeLong's algorithm".
-
-    Args:
-        labels: Shape (rows,), true for positives; at least two rows of each class.
-        scores: Shape (models, rows).
-
-    Returns:
-        Shapes (models,) and (models, models).
-    """
-    positive, negative = scores[:, labels], scores[:, ~labels]
-    m, n = positive.shape[1], negative.shape[1]
-    together = stats.rankdata(np.concatenate([positive, negative], axis=1), axis=1)
-    aucs = (together[:, :m].sum(axis=1) / m - (m + 1) / 2) / n
-    over_negatives = (together[:, :m] - stats.rankdata(positive, axis=1)) / n
-    over_positives = 1 - (together[:, m:] - stats.rankdata(negative, axis=1)) / m
-    covariance = np.cov(over_negatives) / m + np.cov(over_positives) / n
-    return aucs, np.atleast_2d(covariance)
-
-
-def _auc_interval(labels: Array, scores: Array, level: float) -> Interval:
-    (auc,), ((variance,),) = delong(labels, scores[None])
-    if variance > 1e-15:
-        low, high = auc + np.array([-1, 1]) * _z(level) * math.sqrt(variance)
-        return Interval(max(0.0, float(low)), min(1.0, float(high)), "DeLong", level)
-    if 0 < auc < 1:
-        return Interval(float(auc), float(auc), "constant scores", level)
-    # A perfect ranking has no variance to show, yet it is perfect on so many disjoint pairs only.
-    pairs = int(min(labels.sum(), (~labels).sum()))
-    exact = proportion_interval(round(auc * pairs), pairs, level=level, method="exact")
-    return Interval(exact.low, exact.high, "Clopper-Pearson over disjoint pairs", level)
-
-
-def _auc_difference(ours: Array, theirs: Array, level: float) -> Difference:
-    labels = ours[:, 0] > 0.5
-    aucs, covariance = delong(labels, np.stack([ours[:, 1], theirs[:, 1]]))
-    gain = float(aucs[0] - aucs[1])
-    variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
-    if not variance > 1e-15:
-        return Difference(gain, gain, gain, "paired DeLong", level, 1.0 if gain == 0 else None)
-    error = math.sqrt(variance)
-    half = _z(level) * error
-    p = float(2 * stats.norm.sf(abs(gain) / error))
-    return Difference(gain, gain - half, gain + half, "paired DeLong", level, p)
+        won = int((winner.parts[:, 0] < baseline.parts[:, 0]).sum())
+        lost = int((winner.parts[:, 0] > baseline.parts[:, 0]).sum())
+        matched, p = matched_interval(won, lost, len(winner.parts), level), mcnemar(won, lost).mid_p
+        # The mid-p decides on which side of 0 an end lies. It takes the number of discordant rows as given: where
+        # most of them were won, that number is what is uncertain, and the bootstrap reaches further.
+        low = min(matched.low, found.low) if matched.low <= 0 or found.low > 0 else matched.low
+        high = max(matched.high, found.high) if matched.high >= 0 or found.high < 0 else matched.high
+        return Difference(estimate, low, high, matched.method, level, p)
+    return Difference(estimate, found.low, found.high, f"paired {found.method}", level, None)
 
 
 def _kind(metric: Metric) -> str:
@@ -292,14 +194,6 @@ def _suits_delong(score: Score) -> bool:
 def _is_yes_no(score: Score) -> bool:
     column = score.parts[:, 0]
     return score.metric.kind in metrics.PROPORTIONS and bool(((column == 0) | (column == 1)).all())
-
-
-def _z(level: float) -> float:
-    return float(stats.norm.ppf(0.5 + level / 2))
-
-
-def _tails(level: float) -> tuple[float, float]:
-    return 0.5 - level / 2, 0.5 + level / 2
 
 
 def _units(rows: int, groups: Array | None, ordered: bool) -> Codes | None:
@@ -324,26 +218,45 @@ def _of(units: Codes | None) -> str:
     return "" if units is None else f" of {int(units.max()) + 1} groups of rows"
 
 
-def _drawn(value: Callable[[Array], float], rows: int, units: Codes | None, seed: int) -> Floats:
-    """Values on resampled rows or units; draws in which the metric has no value are drawn again."""
+def _draws(fewest: int, level: float) -> int:
+    """How many resamples an interval of this level needs."""
+    return min(_MOST_DRAWS * fewest, max(fewest, math.ceil(2 * _DRAWS_PER_TAIL / (1 - level))))
+
+
+def _at_least_normal(
+    low: float, high: float, value: float, error: float, draws: int, level: float
+) -> tuple[float, float]:
+    """An interval's ends; where draws are too few for its level, no nearer than normal theory has them."""
+    if draws * (1 - level) >= 2 * _DRAWS_PER_TAIL - 1e-6:
+        return low, high
+    return min(low, value - z(level) * error), max(high, value + z(level) * error)
+
+
+def _percentiles(draws: Floats, value: float, units: Codes | None, level: float) -> Interval:
+    low, high = (float(end) for end in np.quantile(draws, tails(level)))
+    low, high = _at_least_normal(low, high, value, float(draws.std()), len(draws), level)
+    return Interval(low, high, f"percentile bootstrap{_of(units)}", level)
+
+
+def _ranked(score: Score, weights: Floats) -> Floats:
+    return weighted(score.metric.kind, score.metric.config, score.parts, weights)
+
+
+def _drawn(value: Callable[[Floats], Floats], rows: int, units: Codes | None, level: float, seed: int) -> Floats:
+    """Values of resampled rows or units; draws in which the metric has no value are drawn again.
+
+    Args:
+        value: From how often each row was drawn, shape (rows, draws), to shape (draws,), nan where it has none.
+    """
     rng = np.random.default_rng(seed)
-    members = None
-    if units is not None:
-        order = np.argsort(units, kind="stable")
-        members = np.split(order, np.flatnonzero(np.diff(units[order])) + 1)
-    values: list[float] = []
-    for _ in range(20 * _RANK_DRAWS):
-        if members is None:
-            at = rng.integers(0, rows, rows)
-        else:
-            at = np.concatenate([members[k] for k in rng.integers(0, len(members), len(members))])
-        try:
-            values.append(value(at))
-        except TrialFailed:
-            continue
-        if len(values) == _RANK_DRAWS:
-            break
-    return np.array(values or [value(np.arange(rows))])
+    wanted, count = _draws(_RANK_DRAWS, level), rows if units is None else int(units.max()) + 1
+    at_once, found, tried = max(1, min(wanted, _RANK_VALUES // rows)), np.empty(0), 0
+    while len(found) < wanted and tried < 20 * wanted:
+        drawn = rng.integers(0, count, (at_once, count)) + count * np.arange(at_once)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=at_once * count).reshape(at_once, count).T
+        values = value((counts if units is None else counts[units]).astype(np.float64))
+        found, tried = np.append(found, values[np.isfinite(values)]), tried + at_once
+    return found[:wanted] if len(found) else value(np.ones((rows, 1)))
 
 
 @dataclass(frozen=True)
@@ -379,7 +292,7 @@ def _resampled(parts: Floats, value: Callable[[Array], Any], units: Codes | None
     if totals.error == 0:
         return Interval(whole, whole, "constant data", level)
     if n > _CLOSED_FORM_ROWS:
-        half = _z(level) * totals.error
+        half = z(level) * totals.error
         return Interval(whole - half, whole + half, f"closed form{_of(units)}", level)
 
     def of_numbers(drawn: Array, axis: int = -1) -> Floats:
@@ -393,13 +306,14 @@ def _resampled(parts: Floats, value: Callable[[Array], Any], units: Codes | None
         return np.asarray(value(drawn.mean(axis=axis)[..., None]), dtype=np.float64)
 
     single = units is None and parts.shape[1] == 1
-
+    draws = _draws(_DRAWS, level)
     with warnings.catch_warnings():
         # Degenerate draws give nan, which is dealt with below.
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         found = stats.bootstrap(
             (parts[:, 0],) if single else (np.arange(n),),
             of_values if single else of_numbers,
+            n_resamples=draws,
             method="BCa",
             batch=max(8, min(_BATCH, _BATCH_VALUES // n)) if single else _BATCH,
             confidence_level=level,
@@ -407,7 +321,9 @@ def _resampled(parts: Floats, value: Callable[[Array], Any], units: Codes | None
             rng=np.random.default_rng(seed),
         )
     low, high = (float(end) for end in found.confidence_interval)
-    if math.isfinite(low) and math.isfinite(high):
-        return Interval(low, high, f"BCa bootstrap{_of(units)}", level)
-    low, high = (float(end) for end in np.nanquantile(found.bootstrap_distribution, _tails(level)))
-    return Interval(low, high, f"percentile bootstrap{_of(units)}", level)
+    method = "BCa"
+    if not (math.isfinite(low) and math.isfinite(high)):
+        low, high = (float(end) for end in np.nanquantile(found.bootstrap_distribution, tails(level)))
+        method = "percentile"
+    low, high = _at_least_normal(low, high, whole, totals.error, draws, level)
+    return Interval(low, high, f"{method} bootstrap{_of(units)}", level)

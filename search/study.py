@@ -90,11 +90,15 @@ class StudyConfig:
         for name, allowed in (
             ("evaluate", ("auto", "yes", "no")),
             ("start_method", (None, "fork", "spawn")),
-            ("final", (None, "retrain")),
         ):
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(word) for word in allowed if word)
                 raise RequestError(f"{_flag(name)} must be one of {words}, but got {getattr(self, name)!r}")
+        if self.final not in (None, "retrain"):
+            raise RequestError(
+                f"--final must be retrain, but got {self.final!r}; a model trained on every row is written by "
+                "`heldout export STUDY --out DIR --final all`, since nothing is left to test it"
+            )
         if self.study is not None:
             check_name(self.study)
 
@@ -225,8 +229,11 @@ def names(workspace: str | os.PathLike[str] | None = None) -> list[str]:
 
 def _began(folder: Path) -> float:
     """When the study was launched: its folder's own times change with every file."""
-    with Journal.open(folder / "journal.sqlite", read_only=True) as journal:
-        return journal.put_at("study") or math.inf
+    try:
+        with Journal.open(folder / "journal.sqlite", read_only=True) as journal:
+            return journal.put_at("study") or math.inf
+    except RequestError:
+        return math.inf  # a damaged one is said when it is asked for, and hides no other
 
 
 class Study:
@@ -242,17 +249,25 @@ class Study:
 
     def __init__(self, name: str | None = None, workspace: str | os.PathLike[str] | None = None) -> None:
         folder = workspace_folder(workspace)
-        have = names(folder)
         if name is None:
+            have = names(folder)
             if not have:
                 raise StudyError(f"there is no study in {folder}; start one with `heldout launch SPACE`")
             name = have[-1]
-        if check_name(name) not in have:
+        elif not (folder / "studies" / check_name(name) / "journal.sqlite").exists():
+            have = names(folder)
             listed = f"it has {', '.join(have)}" if have else "it has none"
             raise StudyError(f"there is no study called {name!r} in {folder}; {listed}")
         self.name = name
         self.workspace = folder
         self.folder = folder / "studies" / name
+
+    @classmethod
+    def at(cls, folder: Path) -> Study:
+        """The study in a folder that is known to hold one, whatever else lies in the workspace."""
+        study = cls.__new__(cls)
+        study.name, study.workspace, study.folder = folder.name, folder.parent.parent, folder
+        return study
 
     def __repr__(self) -> str:
         return f"Study({self.name!r}, workspace={str(self.workspace)!r})"

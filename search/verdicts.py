@@ -12,6 +12,16 @@ TOTAL = 0.05  # share of false alarms that all openings of a test set may raise 
 GAP_Z = 2.58  # chance alone reaches it once in a hundred times
 POWER = 0.8
 
+MEANING = {
+    "NO_GAP_SHOWN": "corrected estimate and test score agree, as far as these rows can tell",
+    "UNEXPLAINED_GAP": "the test score is worse than the estimate by more than chance",
+    "POSSIBLE_DRIFT": "the test score is worse by more than chance, and test rows are the latest",
+    "SPLIT_MISMATCH": "the test score is better than the estimate by more than chance",
+    "NO_GAIN_SHOWN": "these rows do not show that the winner is better than the baseline",
+    "REUSED_TEST_SET": "these test rows had been opened before",
+    "NO_INTERVAL_FOR_THIS_METRIC": "only Keras can compute this metric",
+}
+
 _NORMAL = NormalDist()
 
 
@@ -58,21 +68,20 @@ def alpha(opening: int, total: float = TOTAL) -> float:
     return total * 6 / (math.pi**2 * opening**2)
 
 
-def gap(estimate: float, test: float, guard_error: float, test_error: float, direction: str) -> Gap:
+def gap(estimate: float, test: float, guard_error: float, test_error: float, direction: str) -> Gap | None:
     """The gap between the corrected estimate and the test score.
 
     Args:
         estimate: From guard rows.
         guard_error, test_error: Standard errors of the two, which come from different rows.
         direction: "min" or "max", whichever way the metric gets better.
+
+    Returns:
+        None if neither has an error, as with losses that are all the same: then nothing says which gaps are chance.
     """
     worse = test - estimate if direction == "min" else estimate - test
     error = math.hypot(guard_error, test_error)
-    if error > 0:
-        z = worse / error
-    else:
-        z = 0.0 if worse == 0 else math.copysign(math.inf, worse)
-    return Gap(worse, z, _seen(GAP_Z, error))
+    return Gap(worse, worse / error, _seen(GAP_Z, error)) if error > 0 else None
 
 
 def smallest_gain(error: float, alpha: float) -> float:
@@ -96,7 +105,7 @@ def judge(
     """The names of what a test says, always in this order.
 
     Args:
-        gap: None if there is no corrected estimate with an interval.
+        gap: None if there is no corrected estimate with an interval, or no standard error.
         ordered: Rows come in order of time, so that test rows are the newest.
         gain: The paired interval of winner over baseline, positive is better; None if there is none.
         is_baseline: The winner is the baseline.
@@ -118,11 +127,12 @@ def judge(
     return found
 
 
-def planned(objective_kind: str, guard_rows: int, test_rows: int) -> Planned | None:
-    """What a first opening could show, before any model exists.
+def planned(objective_kind: str, guard_rows: int, test_rows: int, opening: int = 1) -> Planned | None:
+    """What an opening could show, before any model exists.
 
     Args:
         objective_kind: A kind of ``scoring.Metric``.
+        opening: The how-manieth of these test rows it would be.
 
     Returns:
         None for metrics whose spread cannot be guessed beforehand.
@@ -130,7 +140,7 @@ def planned(objective_kind: str, guard_rows: int, test_rows: int) -> Planned | N
     kind, unequal = objective_kind, math.sqrt(1 / guard_rows + 1 / test_rows)
     if kind in metrics.PROPORTIONS:
         right, apart = 0.9, 0.1
-        gain = smallest_gain(math.sqrt(apart / test_rows), alpha(1))
+        gain = smallest_gain(math.sqrt(apart / test_rows), alpha(opening))
         return Planned(
             gain=gain if gain <= apart else None,  # two models cannot differ by more than they disagree
             gap=_seen(GAP_Z, math.sqrt(right * (1 - right)) * unequal),
@@ -140,14 +150,14 @@ def planned(objective_kind: str, guard_rows: int, test_rows: int) -> Planned | N
     if kind in metrics.ROOTS:
         # By the delta method, with errors that are normal: se(RMSE) = RMSE / √(2 n).
         return Planned(
-            gain=smallest_gain(1 / math.sqrt(2 * test_rows), alpha(1)),
+            gain=smallest_gain(1 / math.sqrt(2 * test_rows), alpha(opening)),
             gap=_seen(GAP_Z, unequal / math.sqrt(2)),
             unit="times the RMSE itself",
             assumed="errors are normal, and the squared errors of winner and baseline correlate at 0.5",
         )
     if kind in metrics.LOSSES | {"loss"}:
         return Planned(
-            gain=smallest_gain(1 / math.sqrt(test_rows), alpha(1)),
+            gain=smallest_gain(1 / math.sqrt(test_rows), alpha(opening)),
             gap=_seen(GAP_Z, unequal),
             unit="standard deviations of one row's loss",
             assumed="the losses of winner and baseline on a row correlate at 0.5",
@@ -155,7 +165,7 @@ def planned(objective_kind: str, guard_rows: int, test_rows: int) -> Planned | N
     if kind == "auc":
         test_error, guard_error = _auc_error(0.9, test_rows), _auc_error(0.9, guard_rows)
         return Planned(
-            gain=smallest_gain(test_error, alpha(1)),
+            gain=smallest_gain(test_error, alpha(opening)),
             gap=_seen(GAP_Z, math.hypot(guard_error, test_error)),
             unit="",
             assumed="the AUC is 0.9, the two classes are equally large, and the AUCs of winner and baseline correlate "
@@ -165,17 +175,19 @@ def planned(objective_kind: str, guard_rows: int, test_rows: int) -> Planned | N
 
 
 def planned_line(planned: Planned) -> str:
-    """What a first opening could show, in one line for people."""
+    """What the test could show, in one line for people."""
 
     def amount(value: float) -> str:
         if planned.unit == "points":
             return f"{100 * value:.1f} points"
         return f"{value:.2g} {planned.unit}".rstrip()
 
-    gain = "no gain over the baseline" if planned.gain is None else f"a gain of at least {amount(planned.gain)}"
+    gap = f"a gap between corrected estimate and test score from {amount(planned.gap)} on"
+    if planned.gain is None:
+        return f"there are too few test rows to show any gain; {gap} would show in 4 of 5 cases (if {planned.assumed})"
     return (
-        f"a first opening would show, in 4 of 5 cases, {gain}, and a gap between corrected estimate and test score of "
-        f"at least {amount(planned.gap)} (if {planned.assumed})"
+        f"a gain over the baseline from {amount(planned.gain)} on and {gap} would show in 4 of 5 cases "
+        f"(if {planned.assumed})"
     )
 
 

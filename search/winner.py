@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from search import scoring, selection, statistics
+from search.candidates import Candidate
 from search.data import SealedRows
 from search.errors import RequestError
 from search.journal import Journal
 from search.judge import RowJudge
 from search.ledger import Ledger
-from search.metrics import PROPORTIONS, RANKS, RATIOS, Array
+from search.metrics import PROPORTIONS, RANKS, RATIOS
 from search.scoring import Metric, Score
-from search.selection import Candidate
-from search.trial import Trial, TrialState, best, searched
+from search.trial import Trial, TrialState, best
 
 LEVEL = 0.95
 
@@ -30,54 +30,67 @@ def select(folder: Path, journal: Journal) -> dict[str, Any] | None:
     again, would be the same with any other guard labels.
 
     Returns:
-        JSON: ``winner`` and ``baseline`` (``trial``, ``configuration``, scores and intervals on validation and guard
-        rows), ``corrected``, ``noise_floor``, ``gains``, ``confirmation``.
+        JSON: ``events`` (length of the journal that it follows from), ``winner`` and ``baseline`` (``trial``,
+        ``configuration``, scores and intervals on validation and guard rows), ``corrected``, ``noise_floor``,
+        ``gains``, ``confirmation``.
     """
     history, prepared = journal.history(), journal.get("prepared")
-    if best(history) is None:
+    leader = best(history)
+    if leader is None:
         return None
     guards = {number: found for (number, _), found in sorted(journal.guards().items())}  # the last attempt's
-    pool = [trial for trial in history if trial.state is TrialState.COMPLETE]
-    confirmed = any(trial.confirms is not None for trial in history)
-    metric = scoring.resolve(prepared["objective"], pool[0].extra["declaration"])
-    candidates = [_candidate(trial, metric, *guards[trial.number]) for trial in pool]
-    tiers, ordered = prepared["manifest"]["tiers"], prepared["manifest"]["ordered"]
-    asked = (metric, prepared["direction"], candidates, tiers["validation"], tiers["guard"])
-    choice = selection.choose(*asked)
+    metric = scoring.resolve(prepared["objective"], leader.extra["declaration"])
+    done = [trial for trial in history if trial.state is TrialState.COMPLETE]
+    candidates = [_candidate(trial, metric, *guards[trial.number]) for trial in done if trial.number in guards]
+    candidates = [candidate for candidate in candidates if np.isfinite(candidate.guard)]
     sealed = SealedRows(Path(prepared["sealed"]))
-    groups = sealed.groups("guard")
-    baseline = _baseline(candidates, choice, prepared["direction"])
-    found = selection.corrected(
-        *asked, baseline=None if baseline is None else 0, groups=groups, ordered=ordered
-    )
-    known = {trial.number: trial for trial in history}
+    spread: dict[str, Any] = {"groups": sealed.groups("guard"), "ordered": prepared["manifest"]["ordered"]}
+    known = {trial.number: trial for trial in done}
+    tested = {candidate.trial: candidate for candidate in candidates}
 
-    def described(number: int) -> dict[str, Any]:
-        trial = known[number]
-        candidate = _candidate(trial, metric, *guards[number])
+    def described(number: int | None) -> dict[str, Any] | None:
+        if number is None or number not in known:
+            return None
+        trial, candidate = known[number], tested.get(number)
         return {
             "trial": number,
-            "configuration": candidate.configuration,
+            "configuration": trial.number if trial.confirms is None else trial.confirms,
             "validation": trial.score,
             "validation_interval": _validation_interval(folder, prepared, trial, metric),
-            "guard": candidate.guard,
-            **_guard_spread(candidate, metric, groups, ordered),
+            "guard": None if candidate is None else candidate.guard,
+            **_guard_spread(candidate, metric, spread),
         }
 
-    return {
-        "winner": described(choice.trial),
-        "baseline": None if baseline is None else described(baseline),
+    out: dict[str, Any] = {
+        "events": journal.length,
+        "winner": described(leader.number),
+        "baseline": described(0),
         "proportion": metric.kind in PROPORTIONS,
+        "corrected": None,
+        "noise_floor": None,
+        "gains": {"configuration": None, "shipped": None},
+        "confirmation": None,
+    }
+    if not candidates:  # no metric on these guard rows, such as an AUC of one class: validation alone has to choose
+        return out
+    tiers = prepared["manifest"]["tiers"]
+    asked = (metric, prepared["direction"], candidates, tiers["validation"], tiers["guard"])
+    choice = selection.choose(*asked)
+    baseline = choice.best.get(0)
+    found = selection.corrected(*asked, baseline=None if baseline is None else 0, **spread)
+    return out | {
+        "winner": described(choice.trial),
+        "baseline": described(0 if baseline is None else baseline),
         "corrected": {
             "estimate": found.estimate,
             "interval": None if found.low is None else [found.low, found.high],
             "level": found.level,
             "method": found.method,
-            "scope": _scope(journal, sealed, prepared["manifest"], len(searched(history))),
+            "scope": _scope(journal, sealed, prepared["manifest"], len(guards)),
         },
         "noise_floor": selection.noise_floor(*asked),
         "gains": {"configuration": _gain(found.configuration_gain), "shipped": _gain(found.shipped_gain)},
-        "confirmation": _confirmation(history, choice, found.wins) if confirmed else None,
+        "confirmation": _confirmation(history, choice, found.wins),
     }
 
 
@@ -87,13 +100,6 @@ def _candidate(trial: Trial, metric: Metric, guard: float, evidence: Mapping[str
     sums = None if evidence is None or evidence["validation"] is None else np.array(evidence["validation"])
     configuration = trial.number if trial.confirms is None else trial.confirms
     return Candidate(trial.number, configuration, trial.size, trial.score, guard, parts, sums)
-
-
-def _baseline(candidates: Sequence[Candidate], choice: selection.Choice, direction: str) -> int | None:
-    """The baseline's model: the best of its runs by the winner's own rule."""
-    sign = 1 if direction == "min" else -1
-    runs = [c.trial for c in candidates if c.configuration == 0 and c.trial in choice.pooled]
-    return min(runs, key=lambda number: (sign * choice.pooled[number], number), default=None)
 
 
 def _validation_interval(folder: Path, prepared: dict[str, Any], trial: Trial, metric: Metric) -> list[float] | None:
@@ -109,23 +115,29 @@ def _validation_interval(folder: Path, prepared: dict[str, Any], trial: Trial, m
     return [interval.low, interval.high]
 
 
-def _guard_spread(candidate: Candidate, metric: Metric, groups: Array | None, ordered: bool) -> dict[str, Any]:
-    if candidate.parts is None:
+def _guard_spread(candidate: Candidate | None, metric: Metric, rows: dict[str, Any]) -> dict[str, Any]:
+    if candidate is None or candidate.parts is None:
         return {"guard_interval": None, "guard_error": None}
     parts = np.asarray(candidate.parts, dtype=np.float64)
     mean = metric.kind not in RANKS and metric.kind not in RATIOS
     score = Score(metric, candidate.guard, parts[:, 0] if mean else None, parts)
-    interval = statistics.test_interval(score, level=LEVEL, groups=groups, ordered=ordered)
-    error = statistics.standard_error(score, groups=groups, ordered=ordered)
-    return {"guard_interval": [interval.low, interval.high], "guard_error": error}
+    interval = statistics.test_interval(score, level=LEVEL, **rows)
+    return {
+        "guard_interval": [interval.low, interval.high],
+        "guard_error": statistics.standard_error(score, **rows),
+    }
 
 
 def _gain(gain: selection.Gain | None) -> dict[str, Any] | None:
     return None if gain is None else {"gain": gain.gain, "interval": [gain.low, gain.high]}
 
 
-def _confirmation(history: Sequence[Trial], choice: selection.Choice, wins: Mapping[int, float]) -> dict[str, Any]:
+def _confirmation(
+    history: Sequence[Trial], choice: selection.Choice, wins: Mapping[int, float]
+) -> dict[str, Any] | None:
     runs = [t for t in history if t.confirms is not None]
+    if not runs:
+        return None
     seconds = sum(t.seconds or 0.0 for t in runs)
     numbers = sorted({t.confirms for t in runs if t.confirms is not None})
     finalists: list[dict[str, Any]] = []
@@ -157,8 +169,8 @@ def _scope(journal: Journal, sealed: SealedRows, manifest: Mapping[str, Any], tr
         ledger = Ledger()
         use = ledger.guard_use(hashes, fingerprint, study["study_id"])
         ledger.record_guard(entry | {"trials": trials, "time": time.time()}, hashes)
-    except RequestError as error:
-        return f"this study only, since earlier use of these guard rows is not known: {error}"
+    except RequestError:
+        return "this study only: whether others were judged by these guard rows is not known, as the ledger failed"
     if not use.studies:
         return "this study"
     others = "another study" if use.studies == 1 else f"{use.studies} other studies"

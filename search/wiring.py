@@ -34,6 +34,8 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
         StudyFailed: If the study began and could not be completed; what was recorded stays.
     """
     config = StudyConfig(space=space, **options)
+    from search.ledger import Ledger
+
     watcher = watcher or Silent()
     problem = find(config.space)
     get_sampler(config.sampler)
@@ -49,18 +51,28 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     try:
         with locked(folder), jobs.start_executor(slots, problem, folder, config.start_method) as executor:
             watcher.say("loading the rows and building the default model")
+            Ledger().ready()  # before anything is paid for that could not be recorded
             journal = Journal.create(folder / "journal.sqlite", {})
             try:
                 with publishing.start(folder, uri) as tracker:
                     prepared = jobs.prepare(executor, problem, workspace, folder, config.split_seed, watcher)
+                    if (earlier := jobs.openings(prepared)) and config.evaluate == "auto":
+                        times = "once" if earlier == 1 else f"{earlier} times"
+                        watcher.say(
+                            f"these test rows have been opened {times} before: this study will leave them sealed, "
+                            "unless it is launched with --evaluate yes"
+                        )
                     journal.put("prepared", prepared)
                     journal.put("study", _study_meta(folder.name, config, problem, prepared, uri, workspace))
                     discovery = {"problem": problem.to_json(), "seconds": jobs.DISCOVERY_SECONDS}
 
                     def begin(preflight: dict[str, Any]) -> None:
                         from search import scoring
+                        from search.judge import check_tiers
 
                         nonlocal began
+                        rows = Path(prepared["rows"]), Path(prepared["sealed"])
+                        check_tiers(*rows, prepared["objective"], preflight["declaration"])
                         tracker.ready()
                         if line := scoring.disagreement_line(preflight):
                             watcher.say(line)
@@ -78,7 +90,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
         if isinstance(error, ExecutorError) and not began:
             raise RequestError(str(error)) from None
         raise
-    return Study(folder.name, workspace)
+    return Study.at(folder)
 
 
 def resume(study: str, *, workspace: str | None = None, watcher: Watcher | None = None) -> Study:
@@ -163,6 +175,7 @@ def _drive(
         prepared["objective"],
         prepared["problem"],
         keep=folder / "guard",
+        baseline=lambda: (journal.get("preflight") or {}).get("declaration"),
     )
 
     def payload(trial: Trial, proposal: dict[str, Any] | None) -> dict[str, Any]:
@@ -181,7 +194,12 @@ def _drive(
         asked = config.confirmation(len(searched(history)))
         planned = finalists.plan(history, asked, config.seed)
         if planned:
-            watcher.say(f"training the best {asked.finalists} and the baseline again, {asked.seeds} times each")
+            again = {trial.confirms for trial in planned}
+            others = sorted(number for number in again if number is not None)
+            watcher.say(
+                f"confirming: {asked.seeds} more trainings each of trials {', '.join(map(str, others))}, the best by "
+                "validation score and the baseline"
+            )
         return planned
 
     state = "FAILED"
@@ -207,7 +225,8 @@ def _drive(
             evaluation.conclude(folder, journal, executor, watcher, opening=config.evaluate, final=config.final)
         except (RequestError, TrialFailed) as error:
             # The search itself is complete, and `heldout evaluate` can be tried again.
-            journal.put("evaluation", {"opened": False, "why": str(error), "openings": None})
+            if not (journal.get("evaluation") or {}).get("opened"):
+                journal.put("evaluation", {"opened": False, "why": str(error), "openings": None})
             watcher.say(str(error))
         state = "COMPLETE"
     except KeyboardInterrupt:

@@ -79,7 +79,7 @@ def report(*changes: dict[str, Any]) -> dict[str, Any]:
     found = copy.deepcopy(ACCURACY)
     for change in changes:
         for key, value in change.items():
-            deep = isinstance(value, dict) and isinstance(found[key], dict)
+            deep = isinstance(value, dict) and isinstance(found.get(key), dict)
             found[key] = found[key] | value if deep else value
     return found
 
@@ -88,8 +88,9 @@ def test_all_parts_of_an_accuracy() -> None:
     said = paragraph(report())
     assert said.startswith("Believe the test accuracy of 96.4 %, from 359 rows that nothing in this study had used")
     assert "between 93.9 and 98.0 % (a 97 % interval because this is opening 1;" in said
-    assert "best validation accuracy of the search, 98.1 %, tends to flatter" in said
-    assert "the estimate is 96.9 % (95 % interval 95.5 to 98.2 %), so luck made it look about 1.2 points better" in said
+    assert "best validation accuracy of the search, 98.1 % (trial 12), tends to flatter" in said
+    assert "guard rows, whose labels the search never saw, the winner is worth 96.9 %, corrected for the choice" in said
+    assert "(95 % interval 95.5 to 98.2 %), so luck made it look about 1.2 points better" in said
     assert "0.5 points worse than that estimate, which chance explains: no gap is shown" in said
     assert "only one of about 3.1 points or more" in said
     assert "default configuration, 94.1 % on the same rows) is shown: 2.3 points, plausibly 0.4 to 4.2 points" in said
@@ -101,7 +102,7 @@ def test_all_parts_of_an_accuracy() -> None:
 def test_all_parts_of_a_loss() -> None:
     said = paragraph(report(LOSS))
     assert "test mean squared error (lower is better) of 0.2311, from" in said
-    assert "search, 0.2012, tends to flatter" in said and "luck made it look about 0.02397 better" in said
+    assert "search, 0.2012 (trial 12), tends to flatter" in said and "luck made it look about 0.02397 better" in said
     assert "0.00594 worse than that estimate" in said and "0.1889, plausibly 0.12 to 0.26" in said
     assert "%" not in said.replace("97 % interval", "").replace("95 % interval", "") and "points" not in said
 
@@ -225,8 +226,14 @@ def test_one_trial_was_not_chosen() -> None:
 
 
 def test_a_search_that_did_not_flatter() -> None:
-    assert "so here it seems not to flatter" in paragraph(report({"best": {"validation": 0.96}}))
-    assert "so here it seems not to flatter" in paragraph(report(LOSS, {"best": {"validation": 0.3}}))
+    assert "luck" not in paragraph(report({"best": {"validation": 0.96}}))
+    assert "luck" not in paragraph(report(LOSS, {"best": {"validation": 0.3}}))
+
+
+def test_few_guard_rows_are_said_to_be_few() -> None:
+    few = paragraph(report({"data": {"tiers": {"guard": 180}}}))
+    assert "on 180 guard rows, whose labels the search never saw, too few to be exact, the winner is worth" in few
+    assert "too few" not in paragraph(report({"data": {"tiers": {"guard": 1000}}}))
 
 
 def test_nothing_completed() -> None:
@@ -243,7 +250,7 @@ def test_a_study_that_still_runs() -> None:
 
 def test_no_share_below_all_reads_as_all() -> None:
     said = paragraph(report({"test": {"winner": 0.99996, "interval": [0.9997, 1.0]}, "best": {"validation": 1.0}}))
-    assert "accuracy of 99.996 %" in said and "between 99.97 and 100.0 %" in said and "search, 100.0 %," in said
+    assert "accuracy of 99.996 %" in said and "between 99.97 and 100.0 %" in said and "search, 100.0 % (" in said
 
 
 MIXED: tuple[dict[str, Any], ...] = (

@@ -329,7 +329,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Study:
             known = {"epochs": 6, "best_epoch": best, "extra": {"weights": result["weights"]}}
             journal.finish(trial.moved(TrialState.COMPLETE, **score, **known))
             journal.guard(number, 0, 0.25, None)
-        journal.put("selection", {"winner": {"trial": 2, "configuration": 1}})
+        journal.put("selection", {"winner": {"trial": 2, "configuration": 1, "guard": 0.25}})
     return Study("s", folder / "ws")
 
 
@@ -360,7 +360,7 @@ def test_final_all_exports_a_model_of_every_row_and_no_score_of_it(
     # The selected trial is a confirming run; its configuration's runs were best after 2 and 5 epochs.
     assert (lineage["final"], lineage["trial"], lineage["rows"], lineage["epochs"]) == ("all", 2, 200, 4)
     assert "scores" not in lineage and "best_epoch" not in lineage
-    before = {"validation": {"score": recorded.trials[2].score}, "guard": {"score": 0.25}}
+    before = {"validation": {"score": recorded.trials[2].score}, "guard": {"score": 0.25, "corrected": None}}
     assert lineage["refitted_from"]["scores"] == before
     card = (out / "MODEL_CARD.md").read_text()
     assert "**No score applies to this model.** It was trained on all 200 rows, test rows included" in card

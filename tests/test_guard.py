@@ -133,8 +133,8 @@ def test_the_terminal_shows_the_conclusion_last(noisy: Done, heldout: Heldout) -
     shown = heldout("report", "s", "--workspace", str(noisy.workspace)).stdout
     words = " ".join(shown.split())
     assert " ".join(noisy.report["believe"].split()) in words
-    assert f"verdict: {', '.join(noisy.report['verdicts'])}" in shown
-    assert "guard, corrected (95% interval)" in shown and "test (97% interval)" in shown
+    assert all(f"verdict: {name} (" in shown for name in noisy.report["verdicts"])
+    assert "guard, corrected (95 % interval)" in shown and "test, 300 rows (97 % interval)" in shown
     assert "confirmed by" in shown and "of all training time" in shown
     shown = heldout("status", "s", "--workspace", str(noisy.workspace)).stdout
     again = sum(t.confirms is not None for t in noisy.study.trials)
@@ -144,7 +144,7 @@ def test_the_terminal_shows_the_conclusion_last(noisy: Done, heldout: Heldout) -
 def test_the_ledger_lists_the_opening_and_the_use_of_guard_rows(noisy: Done, heldout: Heldout) -> None:
     entries = Ledger(Path(noisy.ledger)).entries()
     assert [e["kind"] for e in entries] == ["guard", "opening", "result"]
-    assert entries[0]["trials"] == 5 and entries[1]["alpha"] == noisy.report["test"]["alpha"]
+    assert entries[0]["trials"] == len(noisy.study.trials) and entries[1]["alpha"] == noisy.report["test"]["alpha"]
     frozen = noisy.study.meta("frozen")
     assert entries[1]["frozen"] == frozen["digest"] and len(frozen["selection"]) == 64
     ran = heldout("ledger", HELDOUT_LEDGER=noisy.ledger)
@@ -156,7 +156,18 @@ def test_the_export_is_the_winner(noisy: Done, heldout: Heldout, tmp_path: Path)
     lineage = json.loads(ran.stdout)
     assert lineage["trial"] == noisy.report["winner"]["trial"]
     assert lineage["scores"]["test"]["score"] == noisy.report["test"]["winner"]
-    assert lineage["scores"]["guard"]["score"] == pytest.approx(noisy.report["winner"]["guard"], abs=1e-6)
+    guard = lineage["scores"]["guard"]
+    assert guard["score"] == pytest.approx(noisy.report["winner"]["guard"], abs=1e-6)
+    assert guard["corrected"]["estimate"] == noisy.report["corrected"]["estimate"]
+    assert "corrected for that it is" in (tmp_path / "m" / "MODEL_CARD.md").read_text()
+
+
+def test_guard_rows_speak_for_no_other_model(noisy: Done, heldout: Heldout, tmp_path: Path) -> None:
+    chosen = {noisy.report["winner"]["trial"], noisy.report["baseline"]["trial"]}
+    other = next(t.number for t in noisy.study.trials if t.number not in chosen)
+    options = ("--trial", str(other), "--workspace", str(noisy.workspace), "--json")
+    lineage = json.loads(heldout("export", "s", "--out", str(tmp_path / "m"), *options).stdout)
+    assert set(lineage["scores"]) == {"validation"} and "guard" not in (tmp_path / "m" / "MODEL_CARD.md").read_text()
 
 
 def sequence(trials: tuple[Trial, ...]) -> list[Any]:
@@ -179,7 +190,8 @@ def test_other_guard_labels_leave_the_sequence_of_trials_as_it_is(tmp_path: Path
     (first, guards, report), (second, others, again) = found
     assert first == second and guards != others
     assert report["corrected"]["scope"] == "this study"
-    assert again["corrected"]["scope"].startswith("this study only: another study with 5 trials")
+    count = len(first)
+    assert again["corrected"]["scope"].startswith(f"this study only: another study with {count} trials")
     assert report["test"] is None and "still sealed" not in str(report["sealed"]) and report["picture"] is None
 
 
@@ -194,11 +206,13 @@ def test_a_second_opening_has_a_wider_interval_and_says_so(noisy: Done, space: P
     report = json.loads(ran.stdout)
     assert report["test"]["opening"] == 2 and report["test"]["alpha"] == pytest.approx(0.007599, abs=1e-6)
     assert "REUSED_TEST_SET" in report["verdicts"] and "used 2 times" in report["believe"]
-    assert report["corrected"]["scope"].startswith("this study only: another study with 5 trials")
+    assert report["corrected"]["scope"].startswith("this study only: another study with ")
     assert report["noise_floor"] is None and report["confirmation"] is None
+    entries = Ledger(Path(ledger)).entries()
     again = run_heldout("evaluate", "second", "--workspace", str(tmp_path / "another"), "--json", HELDOUT_LEDGER=ledger)
-    assert json.loads(again.stdout)["test"] == report["test"]
-    assert sum(e["kind"] == "opening" for e in Ledger(Path(ledger)).entries()) == 2
+    repeated = json.loads(again.stdout)
+    assert {k: v for k, v in repeated.items() if k != "tracking"} == {k: report[k] for k in report if k != "tracking"}
+    assert Ledger(Path(ledger)).entries() == entries and sum(e["kind"] == "opening" for e in entries) == 2
 
 
 def test_refitted_models_are_tested_and_the_estimate_is_not_held_against_them(space: Path, tmp_path: Path) -> None:
@@ -213,6 +227,39 @@ def test_refitted_models_are_tested_and_the_estimate_is_not_held_against_them(sp
     assert not {"NO_GAP_SHOWN", "UNEXPLAINED_GAP"} & set(report["verdicts"])
     frozen = done.study.meta("frozen")["models"]["winner"]
     assert frozen["rows"] == sum(done.study.meta("study")["data"]["tiers"][t] for t in ("train", "validation", "guard"))
+    # Asking again means the same models: nothing is trained or opened a second time.
+    again = run_heldout("evaluate", "s", "--json", "--workspace", str(done.workspace), HELDOUT_LEDGER=done.ledger)
+    assert json.loads(again.stdout)["test"] == report["test"]
+    assert [e["kind"] for e in Ledger(Path(done.ledger)).entries()] == ["guard", "opening", "result"]
+
+
+def test_what_is_wrong_elsewhere_in_the_workspace_takes_no_answer_back(space: Path, tmp_path: Path) -> None:
+    other = tmp_path / "workspace" / "studies" / "other"
+    other.mkdir(parents=True)
+    (other / "journal.sqlite").write_bytes(b"no journal" * 100)
+    ledger = str(tmp_path / "ledger.jsonl")
+    options = ("--trials", "2", "--study", "s", "--workspace", str(tmp_path / "workspace"))
+    run_heldout("launch", str(space), *options, HELDOUT_LEDGER=ledger)
+    study = Study.at(tmp_path / "workspace" / "studies" / "s")
+    assert study.state == "COMPLETE" and study.meta("evaluation")["opened"] and study.meta("summary")["believe"]
+
+
+def test_a_broken_ledger_is_told_before_anything_is_trained(noisy: Done, space: Path, tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    ledger.write_text(Path(noisy.ledger).read_text().replace('"alpha"', '"Alpha"', 1))
+    options = ("--trials", "2", "--study", "s", "--workspace", str(tmp_path / "workspace"))
+    ran = run_heldout("launch", str(space), *options, HELDOUT_LEDGER=str(ledger))
+    assert ran.returncode == 2 and "must be an unbroken chain" in ran.stderr and "trial 0" not in ran.stderr
+    assert not (tmp_path / "workspace" / "studies" / "s").exists()
+
+
+def test_rows_are_not_opened_for_a_tracking_server_that_is_away(space: Path, tmp_path: Path) -> None:
+    done = launched(tmp_path, str(space), "--trials", "2", "--evaluate", "no")
+    (done.workspace / "mlflow.db").rename(tmp_path / "elsewhere")
+    (done.workspace / "mlflow.db").mkdir()
+    options = ("--workspace", str(done.workspace))
+    ran = run_heldout("evaluate", "s", *options, HELDOUT_LEDGER=done.ledger)
+    assert ran.returncode == 2 and [e["kind"] for e in Ledger(Path(done.ledger)).entries()] == ["guard"]
 
 
 ONE = """

@@ -14,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search import metrics, ranks
+from search.candidates import Candidate
 from search.errors import StudyFailed
+from search.few_errors import exact_interval, is_few
+from search.intervals import proportion_interval
 from search.scoring import Metric, Score, value_of
-from search.selection import Candidate, choose, corrected, noise_floor
+from search.selection import choose, corrected, noise_floor
 from search.statistics import standard_error, test_interval
 from search.verdicts import gap, judge
 
@@ -262,9 +265,18 @@ def test_the_bootstrap_is_what_a_loop_over_resamples_says(name):
         estimates.append(expected(labels[out], predicted[best][out]))
         gains.append(sign * (estimates[-1] - expected(labels[out], predicted[other][out])))
     assert found.estimate == pytest.approx(np.mean(estimates))
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(estimates, [0.025, 0.975])))
+    low, high = np.quantile(estimates, [0.025, 0.975])
+    plain = guard_score(metric, pool[choose(metric, direction, pool, 50, 70).trial])
+    if is_few(plain, None):
+        exact = exact_interval(plain, None, 0.95)
+        low, high = min(low, exact.low), max(high, exact.high)
+    assert (found.low, found.high) == pytest.approx((low, high))
     assert found.shipped_gain.gain == pytest.approx(np.mean(gains))
     assert found.configuration_gain == found.shipped_gain  # of one run each
+
+
+def guard_score(metric, run):
+    return Score(metric, run.guard, None, run.parts)
 
 
 def drawn(seed, repeats, strata):
@@ -364,6 +376,19 @@ def test_runs_that_tie_ship_the_lower_trial():
     assert choose(ACCURACY, "max", pool, 4, 4).trial == 5
 
 
+def test_every_configuration_has_its_best_run_by_the_same_rule():
+    rng = np.random.default_rng(7)
+    first = (rng.random(301) < 0.7).astype(float)
+    pool = [  # trial 3 differs from 4 by rounding alone, and 4 has fewer weights
+        hits(3, rng.permutation(first), rng.permutation(first), configuration=0, size=9),
+        hits(4, rng.permutation(first), rng.permutation(first), configuration=0, size=8),
+        hits(5, np.zeros(301), first, configuration=0),
+        hits(6, np.ones(301), first, configuration=1),
+    ]
+    choice = choose(ACCURACY, "max", pool, 301, 301)
+    assert choice.best == {0: 4, 1: 6} and choice.trial == choice.best[choice.configuration]
+
+
 @pytest.mark.parametrize("where", ["parts", "validation", "score", "guard"])
 def test_numbers_that_are_not_finite_cannot_win(where):
     rng = np.random.default_rng(8)
@@ -419,7 +444,7 @@ def test_the_seed_decides_and_seed_0_counts():
 def test_blocks_of_any_size_give_the_same(monkeypatch):
     pool = noisy(10)
     whole = corrected(ACCURACY, "max", pool, 80, 80, baseline=0, repeats=100)
-    monkeypatch.setattr("search.selection._VALUES", 80 * 7)
+    monkeypatch.setattr("search.candidates._VALUES", 80 * 7)
     parted = corrected(ACCURACY, "max", pool, 80, 80, baseline=0, repeats=100)
     assert parted.wins == whole.wins and parted.estimate == pytest.approx(whole.estimate)
 
@@ -474,13 +499,94 @@ def test_what_cannot_be_resampled_says_so():
 def test_few_rows_of_a_class_give_a_value_all_the_same():
     rng = np.random.default_rng(13)
     labels = np.zeros(60, dtype=int)
-    labels[[0, 1, 2, 20, 21, 22]] = 1
+    labels[[0, 1, 2, 20, 22, 24, 26, 28, 30]] = 1
     for metric in (Metric("auc"), Metric("average_precision"), Metric("recall"), Metric("mcc")):
         predicted = [labels[:, None] * 0.8 + 0.1 + 0.01 * rng.random((60, 1)) for _ in range(3)]
         pool = [candidate(metric, k, labels, p, 20) for k, p in enumerate(predicted)]
         found = corrected(metric, "max", pool, 20, 40, groups=np.arange(40) // 2, baseline=0)
-        # Resamples without a positive row left out say nothing; as 0 they would halve the estimate.
-        assert found.estimate == found.low == found.high == pytest.approx(1.0)
+        # Resamples without a positive row left out say nothing; as 0 they would lower the estimate.
+        assert found.estimate == found.high == pytest.approx(1.0)
+        # No errors do not mean that there are none: six groups with a positive row are all there is to go by.
+        span = 2 if metric.kind == "mcc" else 1
+        assert found.low == pytest.approx(1 - span * (1 - 0.025 ** (1 / 6)))
+
+
+def by_class(metric, sizes, share, rng):
+    """A model that is right on this share of rows of each class, and guesses among all on the others."""
+    tiers = []
+    for _ in range(2):
+        labels = np.repeat(np.arange(len(sizes)), sizes)
+        guess = np.where(rng.random(len(labels)) < share, labels, rng.integers(0, len(sizes), len(labels)))
+        tiers.append(metrics.parts(metric.kind, metric.config, labels, np.eye(len(sizes))[guess], logits=False))
+    seen, sealed = tiers
+    return Candidate(0, 0, None, value_of(metric, seen), value_of(metric, sealed), sealed, seen.sum(axis=0))
+
+
+@pytest.mark.parametrize("metric", [Metric("balanced_accuracy"), Metric("f1_score", 0, {"average": "macro"})])
+def test_resamples_without_a_rare_class_are_left_out(metric):
+    """One model has nothing to correct; as 0, two classes of 2 rows took 12 points off a macro F1."""
+    rng, apart = np.random.default_rng(15), []
+    for _ in range(12):
+        one = by_class(metric, [89, 87, 5, 5], 0.9, rng)
+        found = corrected(metric, "max", [one], 186, 186, repeats=300)
+        assert found.low < found.estimate < found.high
+        apart.append(found.estimate - one.guard)
+    # A mean of 300 resamples has a sd of .006; F1 is no mean, so that fewer rows of a class move it by .004 as well.
+    assert np.mean(apart) == pytest.approx(0, abs=0.008)
+    one = by_class(metric, [89, 87, 2, 2], 0.9, rng)
+    found = corrected(metric, "max", [one], 180, 180, repeats=300, baseline=0)
+    assert (found.estimate, found.low, found.high, found.wins) == (one.guard, None, None, {})
+    assert found.method == "none: too few guard rows of a class to resample, so it is not corrected"
+
+
+def test_resamples_without_a_guess_say_nothing_of_precision():
+    metric, rng, apart = Metric("precision"), np.random.default_rng(16), []
+    for _ in range(20):
+        guess = np.arange(150) % 50 < 2
+        labels = guess & (rng.random(150) < 0.5) | (np.arange(150) % 50 > 45)
+        one = candidate(metric, 0, labels.astype(int), guess[:, None], 50)
+        found = corrected(metric, "max", [one], 50, 100, repeats=300)
+        apart.append(found.estimate - one.guard)
+    assert np.mean(apart) == pytest.approx(0, abs=0.02)  # of 4 guesses; 12 to 20 % of resamples have none
+
+
+def test_groups_of_one_label_each_do_not_blow_up_r2():
+    """Out of bag is often a single group, where labels do not vary; it was -1.7e14 for a model of .88."""
+    rng = np.random.default_rng(1)
+    metric, groups = Metric("r2_score"), np.repeat(np.arange(6), 9)
+    labels = 3 * np.repeat(rng.normal(size=26), 9)
+    pool = [candidate(metric, k, labels, (labels + 0.3 * rng.normal(size=234))[:, None], 180) for k in range(3)]
+    found = corrected(metric, "max", pool, 180, 54, groups=groups)
+    assert abs(found.estimate) < 100 and "over 1000 resamples" not in found.method
+    same = np.array([[9.0, 0.1, 0.1**2 * (1 + 1e-13)]])  # means of errors, labels and squares, with rounding
+    assert metrics.combine("r2_score", {}, same) == 0.0
+
+
+def few_wrong(wrong, rows=180):
+    return [hits(0, np.ones(rows), (np.arange(rows) >= wrong).astype(float))]
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 9])
+def test_few_errors_do_not_make_the_estimate_certain(wrong):
+    found = corrected(ACCURACY, "max", few_wrong(wrong), 180, 180)
+    exact = proportion_interval(180 - wrong, 180, method="exact")
+    assert found.low <= exact.low + 1e-12 and exact.high - 1e-12 <= found.high
+    if not wrong:
+        assert (found.estimate, found.low, found.high) == pytest.approx((1.0, 0.025 ** (1 / 180), 1.0))
+
+
+def test_ten_errors_are_left_to_the_bootstrap():
+    pool = few_wrong(10)
+    found = corrected(ACCURACY, "max", pool, 180, 180, repeats=300)
+    values = []
+    for weights in drawn(0, 300, np.zeros(180)):
+        values.append(1 - pool[0].parts[weights == 0].mean())
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
+
+
+def test_few_groups_without_errors_are_not_certain_either():
+    found = corrected(ACCURACY, "max", few_wrong(0), 180, 180, groups=np.arange(180) // 12)
+    assert (found.low, found.high) == pytest.approx((0.025 ** (1 / 15), 1.0))
 
 
 def test_a_lone_positive_row_is_never_left_out():
@@ -491,10 +597,10 @@ def test_a_lone_positive_row_is_never_left_out():
 
 
 def test_rank_metrics_of_many_rows_are_resampled_less_and_say_so(monkeypatch):
-    monkeypatch.setattr("search.selection._RANK_VALUES", 6 * 70 * 250)
+    monkeypatch.setattr("search.candidates._RANK_VALUES", 6 * 70 * 250)
     metric, direction, *_, pool, _ = of_every("auc")
     assert "over 250 resamples" in corrected(metric, direction, pool, 50, 70).method
-    monkeypatch.setattr("search.selection._RANK_VALUES", 1)
+    monkeypatch.setattr("search.candidates._RANK_VALUES", 1)
     assert "over 200 resamples" in corrected(metric, direction, pool, 50, 70).method
     assert "over 60 resamples" in corrected(metric, direction, pool, 50, 70, repeats=60).method
 

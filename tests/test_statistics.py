@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from search.scoring import resolve, score
-from search.statistics import (
-    delong,
-    mcnemar,
-    newcombe,
-    paired_difference,
-    proportion_interval,
-    test_interval,
-)
+from search.intervals import delong, matched_interval, mcnemar, newcombe, proportion_interval, share_interval, z
+from search.scoring import Metric, Score, resolve, score, value_of
+from search.statistics import paired_difference, standard_error, test_interval
+from search.verdicts import GAP_Z, alpha, gap
 
 test_interval.__test__ = False  # a function of ours, not one of pytest's
 
@@ -130,8 +129,9 @@ def test_degenerate_rows_give_numbers(one):
     assert math.isfinite(found.low) and math.isfinite(found.high)
     assert found.low <= one.value + 1e-9 and one.value - 1e-9 <= found.high
     same = paired_difference(one, one)
-    assert (same.estimate, same.low, same.high) == (0.0, 0.0, 0.0)
-    assert same.p in (None, 1.0)
+    assert same.estimate == 0.0 and same.low == -same.high and same.p in (None, 1.0)
+    # Only of yes and no is it known how often two models that never disagreed may do so.
+    assert (same.high > 0) == (one.metric.kind == "accuracy")
 
 
 def test_constant_losses_say_so():
@@ -142,6 +142,88 @@ def test_a_perfect_ranking_is_not_certain():
     labels = np.arange(40) % 2
     found = test_interval(scored("auc", labels[:, None], labels))
     assert found.high == 1.0 and found.low == pytest.approx(0.025 ** (1 / 20))  # 20 disjoint pairs, all right
+
+
+def counted(kind, truth, guess, **config):
+    """A score of counts, from one truth and one guess per row and class."""
+    truth, guess = np.asarray(truth, dtype=float), np.asarray(guess, dtype=float)
+    parts = np.hstack([truth * guess, guess, truth])
+    metric = Metric(kind, 0, config)
+    return Score(metric, value_of(metric, parts), None, parts)
+
+
+CLASSES = np.repeat([0, 1, 2], [4, 20, 36])
+FIRST = (CLASSES == 0)[:, None]
+PERFECT = {
+    "accuracy of groups": (share(60, 60), {"groups": np.arange(60) // 3}, 20, 1),
+    "accuracy in time": (share(60, 60), {"ordered": True}, 15, 1),
+    "precision": (counted("precision", FIRST, FIRST), {}, 4, 1),
+    "recall": (counted("recall", FIRST, FIRST), {}, 4, 1),
+    "recall of groups": (counted("recall", FIRST, FIRST), {"groups": np.arange(60) // 2}, 2, 1),
+    "f1": (counted("f1_score", FIRST, FIRST), {}, 4, 1),
+    "micro f1": (counted("f1_score", np.eye(3)[CLASSES], np.eye(3)[CLASSES], average="micro"), {}, 60, 1),
+    "macro f1": (counted("f1_score", np.eye(3)[CLASSES], np.eye(3)[CLASSES], average="macro"), {}, 4, 1),
+    "balanced accuracy": (counted("balanced_accuracy", np.eye(3)[CLASSES], np.eye(3)[CLASSES]), {}, 4, 1),
+    "mcc": (counted("mcc", np.eye(3)[CLASSES], np.eye(3)[CLASSES]), {}, 4, 2),
+    "auc of groups": (scored("auc", FIRST * 1.0, FIRST), {"groups": np.arange(60) // 2}, 2, 1),
+    "average precision": (scored("auc", FIRST * 1.0, FIRST, curve="PR"), {}, 4, 1),
+}
+
+
+@pytest.mark.parametrize("name", PERFECT)
+def test_a_perfect_score_is_as_sure_as_the_rows_it_rests_on(name):
+    one, rows, count, span = PERFECT[name]
+    found = test_interval(one, **rows)
+    low = 1 - span * (1 - 0.025 ** (1 / count))  # Clopper-Pearson, all of ``count`` right
+    assert (one.value, found.low, found.high) == pytest.approx((1, low, 1))
+    assert found.method == f"Clopper-Pearson over an effective count of {count}"
+    assert standard_error(one, **rows) == pytest.approx((1 - low) / 2 / 1.959964)
+
+
+def test_errors_that_come_alone_make_the_rows_of_a_group_count_for_more():
+    groups = np.arange(100) // 10
+    together, apart = right(np.arange(100) >= 10), right(np.arange(100) % 20 > 1)
+    assert together.value == apart.value
+    errors = [standard_error(one, groups=groups) for one in (together, apart)]
+    assert errors[0] > 1.5 * errors[1]
+    # 10 wrong rows and one more group of 10, over the 1 group with an error and that one: each counts as 10 rows.
+    assert test_interval(together, groups=groups).method.endswith("an effective count of 10")
+
+
+def test_constant_scores_of_a_bounded_metric_are_not_certain():
+    half = test_interval(scored("auc", np.zeros((50, 1)), np.arange(50) % 2))
+    assert half.low < 0.35 and half.high > 0.65
+    assert standard_error(counted("balanced_accuracy", np.eye(2)[np.arange(50) % 2], np.eye(2)[[0] * 50])) > 0.05
+
+
+def nearly_perfect(kind, rng, rows):
+    """A score that is .97 in truth, or an AUC of .98, and how its rows depend on each other."""
+    if kind == "auc":
+        labels = rng.random(rows) < 0.3
+        return scored("auc", (3 * labels + rng.normal(size=rows))[:, None], labels), {}
+    if kind == "precision":
+        guess = rng.random((rows, 1)) < 0.3
+        return counted("precision", guess & (rng.random((rows, 1)) < 0.97), guess), {}
+    return right(rng.random(rows) < 0.97), {"ordered": kind == "accuracy in time"}
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "accuracy in time", "precision", "auc"])
+def test_few_errors_raise_few_false_alarms(kind):
+    """With a true rate of 3 %, 12 or more of 150 would be seen once in 500 times. It was 15 % for two of these."""
+    rng = np.random.default_rng(5)
+    false = 0
+    for _ in range(150):
+        (guard, how), (test, _) = nearly_perfect(kind, rng, 60), nearly_perfect(kind, rng, 1000)
+        found = gap(guard.value, test.value, standard_error(guard, **how), standard_error(test, **how), "max")
+        false += abs(found.z) >= GAP_Z
+    assert false < 12
+
+
+@given(st.integers(0, 60), st.integers(1, 60), st.floats(0.5, 0.9999))
+def test_an_effective_count_of_whole_rows_is_clopper_pearsons(successes, rows, level):
+    successes = min(successes, rows)
+    exact = proportion_interval(successes, rows, level=level, method="exact")
+    assert share_interval(successes / rows, rows, level) == pytest.approx((exact.low, exact.high), abs=1e-9)
 
 
 def test_delong_is_the_definition():
@@ -186,6 +268,54 @@ def test_gain_is_positive_when_the_winner_is_better_whatever_the_metric():
     assert paired_difference(fit, flat).low > 0
 
 
+def pair(won, lost, rows=359):
+    """Two models of which each is right where the other is wrong on so many rows."""
+    at = np.arange(rows)
+    return right(at >= lost), right((at < lost) | (at >= lost + won))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 40), st.integers(0, 40), st.sampled_from([alpha(i) for i in (1, 2, 5, 12)]))
+def test_the_interval_of_a_gain_is_on_one_side_of_0_when_the_mid_p_is_small(won, lost, chance):
+    found = paired_difference(*pair(won, lost), level=1 - chance)
+    assert (found.low > 0 or found.high < 0) == (mcnemar(won, lost).mid_p <= chance)
+    assert found.low <= found.estimate == pytest.approx((won - lost) / 359) and found.estimate <= found.high
+    assert found.method == f"exact mid-p of {won + lost} discordant rows"
+    mirrored = matched_interval(lost, won, 359, 1 - chance)
+    assert matched_interval(won, lost, 359, 1 - chance).low == pytest.approx(-mirrored.high)
+
+
+def test_a_gain_is_shown_by_chance_no_oftener_than_its_level_says():
+    """Exact, over all ways in which binomially many rows can be discordant; BCa had .021 to .0235."""
+    nominal = alpha(1) / 2
+    shown = {
+        (won, lost): matched_interval(won, lost, 359, 1 - alpha(1)).low > 0 for won in range(25) for lost in range(won)
+    }
+    for mean in (4, 6, 8, 10):
+        chance = sum(
+            stats.binom.pmf(won + lost, 359, mean / 359) * stats.binom.pmf(won, won + lost, 0.5)
+            for (won, lost), seen in shown.items()
+            if seen
+        )
+        assert chance < nominal
+
+
+def test_many_discordant_rows_have_the_bootstraps_interval():
+    for won, lost in ((120, 80), (80, 0), (150, 150)):
+        ours, theirs = pair(won, lost, 1000)
+        fewer = (theirs.losses - ours.losses)[:, None]
+        spread = fewer.std() / math.sqrt(1000)
+        found = paired_difference(ours, theirs)
+        ends = (found.estimate - 1.96 * spread, found.estimate + 1.96 * spread)
+        assert (found.low, found.high) == pytest.approx(ends, abs=0.2 * spread)
+
+
+def test_models_that_never_disagree_may_do_so_on_other_rows():
+    found = paired_difference(share(300, 359), share(300, 359))
+    most = 1 - 0.025 ** (1 / 359)
+    assert (found.estimate, found.low, found.high, found.p) == pytest.approx((0, -most, most, 1))
+
+
 def test_pairing_narrows_the_difference():
     hits = RNG.random(1000) < 0.9
     other = hits & (RNG.random(1000) < 0.99)
@@ -210,7 +340,7 @@ def test_groups_widen_what_rows_would_promise():
     assert (grouped.high - grouped.low) / (rows.high - rows.low) == pytest.approx(math.sqrt(10), rel=0.25)
     labels = np.arange(300) % 2
     auc = scored("auc", (labels + np.repeat(RNG.normal(size=30), 10))[:, None], labels)
-    assert test_interval(auc, groups=groups).method == "percentile bootstrap of 30 groups of rows"
+    assert test_interval(auc, groups=groups).method.startswith("percentile bootstrap of 30 groups of rows")
     assert paired_difference(auc, auc, groups=groups).high == 0.0
 
 
@@ -238,6 +368,29 @@ def test_average_precision_and_several_labels_have_intervals():
         one = scored("auc", labels + RNG.normal(size=(120, 3)), labels, **config)
         found = test_interval(one)
         assert found.method == "percentile bootstrap" and found.low < one.value < found.high
+
+
+def later(kind, rows=90):
+    """A score of moderate errors, for intervals that no formula has."""
+    rng = np.random.default_rng(6)
+    labels = rng.random((rows, 1)) < 0.5
+    if kind == "mse":
+        return squared(rng.exponential(size=rows))
+    if kind == "f1_score":
+        return counted(kind, labels, labels ^ (rng.random((rows, 1)) < 0.3))
+    return scored("auc", labels + rng.normal(size=(rows, 1)), labels, curve="PR")
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("kind", ["mse", "f1_score", "average_precision"])
+def test_every_later_opening_has_a_wider_interval(kind, grouped):
+    one, groups = later(kind), np.arange(90) // 3 if grouped else None
+    found = [test_interval(one, level=1 - alpha(opening), groups=groups) for opening in (1, 5, 12, 20)]
+    for sooner, latter in itertools.pairwise(found):
+        assert latter.low < sooner.low and sooner.high < latter.high
+    # As much wider as normal ends would be: with too few draws the ends stay at the furthest draw.
+    wider = (found[-1].high - found[-1].low) / (found[0].high - found[0].low)
+    assert wider > 0.98 * z(1 - alpha(20)) / z(1 - alpha(1))
 
 
 def test_the_same_seed_gives_the_same_interval():

@@ -19,8 +19,9 @@ import measure
 import numpy as np
 from scipy import stats
 
+from search.candidates import Candidate
 from search.scoring import Metric, Score
-from search.selection import Candidate, Choice, choose, corrected
+from search.selection import Choice, choose, corrected
 from search.statistics import test_interval
 from search.verdicts import alpha
 
