@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from search.cli import _trainings
 from search.ledger import Ledger
 from search.study import Study
 from search.trial import Trial, searched
@@ -292,6 +293,21 @@ def test_where_no_trial_completes_nothing_is_opened(tmp_path: Path) -> None:
     ran = run_heldout("launch", space, *options, HELDOUT_LEDGER=ledger)
     assert ran.returncode == 1 and "no trial" in ran.stderr
     assert Ledger(Path(ledger)).entries() == ()
+
+
+def test_check_counts_the_confirmation_and_says_what_the_rows_could_show(space: Path, tmp_path: Path) -> None:
+    options = ("--trials", "30", "--workspace", str(tmp_path / "workspace"))
+    found = json.loads(run_heldout("check", str(space), *options, "--json").stdout)
+    assert found["confirmation"] == {"finalists": 3, "seeds": 3, "runs": 12} and found["openings"] == 0
+    assert found["estimate_seconds"] >= 42 * (found["epochs"] - 2) * found["epoch_seconds"] / found["slots"]
+    assert 0 < found["shows"]["gain"] < found["shows"]["gap"] < 0.2
+    said = run_heldout("check", str(space), *options, "--confirm", "0").stdout
+    assert "plan: 30 trials of up to" in said and "would show in 4 of 5 cases" in said
+
+
+def test_the_time_left_counts_the_confirmation() -> None:
+    assert _trainings(space="s", trials=30) == 42 and _trainings(space="s", trials=30, confirm=0) == 30
+    assert _trainings(space="s", trials=30, confirm=5, confirm_seeds=2) == 42
 
 
 KINDS = {  # name to what differs: objective, labels, the last layer, loss, metrics, columns of the Dataset, other lines
