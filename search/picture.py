@@ -187,7 +187,8 @@ def _apart(axes: Axes, values: Sequence[float]) -> list[float]:
     """Shifts in points that keep labels beside a panel's values from covering each other."""
     if len(values) < 2:
         return [0.0] * len(values)
-    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    made: Any = axes.figure  # of which matplotlib thinks that it may be a part of one
+    made.draw_without_rendering()
     at = [axes.transData.transform((0, value))[1] * 72 / _DPI for value in values]
     lacking = max(0.0, 17 - abs(at[0] - at[1])) / 2
     return [lacking, -lacking] if at[0] >= at[1] else [-lacking, lacking]
