@@ -259,4 +259,4 @@ def test_the_first_command_runs_on_a_machine_with_nothing_but_python(tmp_path: P
     )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     assert "study digits_mlp-1: 30 trials complete" in ran.stdout
-    assert "test accuracy of the winner: " in ran.stdout
+    assert "test, 359 rows (97 % interval)" in ran.stdout and "Believe the test accuracy of" in ran.stdout

@@ -585,7 +585,9 @@ class TestProcess:
         with publishing.start(launch(state=None).folder, publishing.default_uri(workspace)):
             time.sleep(delay)
         assert list((tmp_path / "temporary").iterdir()) == []
-        assert {path.name for path in workspace.iterdir()} <= {"studies", "mlflow.db"}
+        # SQLite's own files stay beside a database whose writer was killed; the next one takes them up.
+        names = {path.name.removesuffix("-wal").removesuffix("-shm") for path in workspace.iterdir()}
+        assert names <= {"studies", "mlflow.db"}
 
     def test_a_study_that_never_began_leaves_no_run(self, launch: Open, sqlite_uri: str) -> None:
         driver = launch(state=None)
