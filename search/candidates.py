@@ -12,7 +12,6 @@ from search.errors import StudyFailed
 from search.metrics import Array, Codes, Config, Floats
 from search.ranks import weighted
 from search.scoring import Metric
-from search.statistics import _kind
 
 _VALUES = 4_000_000  # float64 values held at once: 32 MB
 _RANK_VALUES = 2_000_000_000  # row weights that rank metrics may look at in all, about 15 s
@@ -54,7 +53,7 @@ class Pool:
     """
 
     def __init__(self, metric: Metric, direction: str, candidates: Sequence[Candidate]) -> None:
-        self._kind, self._config, self._ranks = _kind(metric), metric.config, metric.kind in metrics.RANKS
+        self._kind, self._config, self._ranks = metric.kind, metric.config, metric.kind in metrics.RANKS
         self._custom = metric.is_custom
         self.sign = 1.0 if direction == "max" else -1.0
         self.runs = sorted((run for run in candidates if _is_finite(run)), key=_in_order)

@@ -5,25 +5,22 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from search import jobs, picture, publishing, scoring, statistics, verdicts, winner
+from search import intervals, jobs, picture, publishing, scoring, statistics, verdicts, winner
 from search.data import SealedRows
 from search.errors import StudyError
 from search.executors import Executor, Job
 from search.freezing import freeze, predict_file
 from search.journal import Journal
-from search.ledger import Ledger
+from search.ledger import Ledger, times
 from search.problem import Problem
-from search.report import report
+from search.report import PICTURE, report
 from search.study import Study, StudyConfig, locked
 from search.trial import Trial, best, searched
 from search.watcher import Silent, Watcher
-
-PICTURE = "guard.png"
 
 
 def evaluate(study: Study, *, final: str | None = None, watcher: Watcher | None = None) -> dict[str, Any]:
@@ -157,10 +154,9 @@ def _draw(folder: Path, journal: Journal) -> None:
 
 
 def _used(earlier: int, prior: int, study: str) -> str:
-    times = "once" if earlier == 1 else f"{earlier} times"
-    times += f" (of these {prior} by the prior_openings of load())" if prior else ""
+    how_often = times(earlier) + (f" (of these {prior} by the prior_openings of load())" if prior else "")
     return (
-        f"these test rows have been opened {times} before, so they stay sealed; "
+        f"these test rows have been opened {how_often} before, so they stay sealed; "
         f"`heldout evaluate {study}` opens them again, counted, and a test set used again flatters"
     )
 
@@ -254,7 +250,7 @@ def _with_intervals(
     if "baseline" in inputs and out["baseline"]["trial"] != out["winner"]["trial"]:
         difference = statistics.paired_difference(inputs["winner"], inputs["baseline"], level=level, **rows)
         # Half the interval over its z; asymmetric ones give their mean.
-        error = (difference.high - difference.low) / (2 * NormalDist().inv_cdf(1 - alpha / 2))
+        error = (difference.high - difference.low) / (2 * intervals.z(level))
         out["difference"] = {
             "gain": difference.estimate,
             "interval": [difference.low, difference.high],

@@ -274,7 +274,7 @@ def _scores(
             values = jobs.call(executor, job, watcher, executor.slots[0])["values"]
             scores = {tier: {"score": values[tier]} for tier in ("validation", *(["guard"] if seen else []))}
     if "guard" in scores:
-        scores["guard"] |= seen["guard"] | scores["guard"]
+        scores["guard"] = seen["guard"] | scores["guard"]
     if model.get("final") == "all":
         return {"refitted_from": {"scores": model["before"]}, "batch_size": found["batch_size"]}
     if model["tested"] is not None:

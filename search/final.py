@@ -23,9 +23,7 @@ ALL = (*RETRAIN, "test")
 
 def runs(trials: Sequence[Trial], trial: Trial) -> list[Trial]:
     """The complete trainings of one trial's configuration: the search's own, and those that confirm it."""
-    configuration = trial.number if trial.confirms is None else trial.confirms
-    mine = [t for t in trials if configuration in (t.number, t.confirms)]
-    return [t for t in mine if t.state is TrialState.COMPLETE]
+    return [t for t in trials if t.configuration == trial.configuration and t.state is TrialState.COMPLETE]
 
 
 def epochs_for(trials: Sequence[Trial]) -> int:

@@ -209,6 +209,11 @@ class Ledger:
         return same
 
 
+def times(openings: int) -> str:
+    """How often, in words."""
+    return "once" if openings == 1 else f"{openings} times"
+
+
 def default_path() -> Path:
     """``HELDOUT_LEDGER``, or ``ledger.jsonl`` in the user's data folder."""
     given = os.environ.get("HELDOUT_LEDGER")

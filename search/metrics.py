@@ -76,7 +76,7 @@ def parts(kind: str, config: Config, labels: Array, predicted: Array, logits: bo
 
 
 def combine(kind: str, config: Config, means: Array) -> Any:
-    """The metric's value, from the means of its parts over rows (any leading axes stay).
+    """The metric's value, from the means of its parts over rows (any leading axes stay); a loss is a mean.
 
     Args:
         means: Shape (..., columns).

@@ -10,10 +10,12 @@ from typing import Any
 from search import belief, metrics, publishing, scoring, verdicts
 from search.domain import Domain
 from search.errors import StudyError
+from search.ledger import times
 from search.scoring import disagreement_line
 from search.study import Study
 from search.trial import Trial, TrialState, best, searched
 
+PICTURE = "guard.png"
 _WIDTH = 110
 
 
@@ -32,7 +34,7 @@ def report(study: Study) -> dict[str, Any]:
         if trial.state is TrialState.FAILED and trial.reason:
             failures[trial.reason] = failures.get(trial.reason, 0) + 1
     tracking = publishing.read(study.folder)
-    picture = study.folder / "guard.png"
+    picture = study.folder / PICTURE
     found = {
         "study": study.name,
         "state": study.state,
@@ -229,8 +231,8 @@ def check_lines(found: dict[str, Any]) -> list[str]:
 def _opened(openings: int) -> list[str]:
     if not openings:
         return []
-    times = "once" if openings == 1 else f"{openings} times"
-    return [f"note: these test rows have been opened {times} before: a launch leaves them sealed (--evaluate auto)"]
+    told = f"these test rows have been opened {times(openings)} before"
+    return [f"note: {told}: a launch leaves them sealed (--evaluate auto)"]
 
 
 def _again(confirmation: dict[str, int]) -> str:

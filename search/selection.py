@@ -16,7 +16,7 @@ from search.few_errors import exact_interval, is_few
 from search.intervals import tails
 from search.metrics import Array, Codes, Floats
 from search.scoring import Metric, Score
-from search.statistics import _alone, _units
+from search.statistics import alone, units_of
 
 _TOO_RARE = "too few guard rows of a class to resample, so it is not corrected"
 
@@ -166,7 +166,7 @@ def corrected(
     chosen = next(run for run in pool.runs if run.trial == choice.trial)
     if metric.is_custom:
         return _plain(chosen, level, "only Keras can compute this metric, so it is not corrected")
-    units = _units(guard_rows, groups, ordered)
+    units = units_of(guard_rows, groups, ordered)
     repeats = pool.affordable(repeats)
     # Per resample: the winner, its configuration's mean, and the same two of the baseline.
     found = np.full((4, repeats), np.nan)
@@ -206,7 +206,7 @@ def corrected(
         low=low,
         high=high,
         level=level,
-        method=_alone(method) if units is None and groups is not None else method,
+        method=alone(method) if units is None and groups is not None else method,
         wins=shares,
         configuration_gain=configuration_gain,
         shipped_gain=shipped_gain,

@@ -32,7 +32,7 @@ from search.intervals import (
 )
 from search.metrics import Array, Codes, Floats
 from search.ranks import weighted
-from search.scoring import Metric, Score
+from search.scoring import Score
 
 _CLOSED_FORM_ROWS = 50_000
 _BATCH = 200
@@ -58,9 +58,9 @@ def test_interval(
         ordered: Rows come in order of time; blocks of neighbours are resampled then.
         seed: Of the bootstrap; the same seed gives the same interval.
     """
-    units = _units(len(score.parts), groups, ordered)
+    units = units_of(len(score.parts), groups, ordered)
     found = _interval(score, units, level, seed)
-    return found if units is not None or groups is None else dataclasses.replace(found, method=_alone(found.method))
+    return found if units is not None or groups is None else dataclasses.replace(found, method=alone(found.method))
 
 
 def _interval(score: Score, units: Codes | None, level: float, seed: int) -> Interval:
@@ -70,7 +70,7 @@ def _interval(score: Score, units: Codes | None, level: float, seed: int) -> Int
     if score.metric.kind not in metrics.RANKS:
 
         def value(means: Array) -> Any:
-            return metrics.combine(_kind(score.metric), score.metric.config, means)
+            return metrics.combine(score.metric.kind, score.metric.config, means)
 
         found = _resampled(score.parts, value, units, level, seed)
     elif units is None and _suits_delong(score):
@@ -100,10 +100,10 @@ def standard_error(score: Score, *, groups: Array | None = None, ordered: bool =
     Args:
         groups, ordered: As for ``test_interval``.
     """
-    units = _units(len(score.parts), groups, ordered)
+    units = units_of(len(score.parts), groups, ordered)
     metric = score.metric
     if metric.kind not in metrics.RANKS:
-        error = _totals(score.parts, lambda m: metrics.combine(_kind(metric), metric.config, m), units).error
+        error = _totals(score.parts, lambda m: metrics.combine(metric.kind, metric.config, m), units).error
     elif units is None and _suits_delong(score):
         error = auc_error(score.parts[:, 0] > 0.5, score.parts[:, 1])
     else:
@@ -138,14 +138,14 @@ def paired_difference(
             f"a pair must be scored by one metric on the same rows, but got {winner.metric.kind} on "
             f"{len(winner.parts)} and {baseline.metric.kind} on {len(baseline.parts)} rows"
         )
-    units = _units(len(winner.parts), groups, ordered)
+    units = units_of(len(winner.parts), groups, ordered)
     found = _difference(winner, baseline, units, level, seed)
-    return found if units is not None or groups is None else dataclasses.replace(found, method=_alone(found.method))
+    return found if units is not None or groups is None else dataclasses.replace(found, method=alone(found.method))
 
 
 def _difference(winner: Score, baseline: Score, units: Codes | None, level: float, seed: int) -> Difference:
     metric = winner.metric
-    kind, config, sign = _kind(metric), metric.config, 1.0 if metrics.higher_is_better(metric.kind) else -1.0
+    kind, config, sign = metric.kind, metric.config, 1.0 if metrics.higher_is_better(metric.kind) else -1.0
     estimate = float(sign * (winner.value - baseline.value))
     if kind in metrics.RANKS:
         if units is None and _suits_delong(winner):
@@ -179,11 +179,6 @@ def _difference(winner: Score, baseline: Score, units: Codes | None, level: floa
     return Difference(estimate, found.low, found.high, f"paired {found.method}", level, None)
 
 
-def _kind(metric: Metric) -> str:
-    """A loss is a mean like any other."""
-    return "mean_squared_error" if metric.kind == "loss" else metric.kind
-
-
 def _suits_delong(score: Score) -> bool:
     """Whether it is the AUC of one output with two rows of each class, fewer show no variance."""
     if score.metric.kind != "auc" or score.parts.shape[1] != 2:
@@ -196,7 +191,7 @@ def _is_yes_no(score: Score) -> bool:
     return score.metric.kind in metrics.PROPORTIONS and bool(((column == 0) | (column == 1)).all())
 
 
-def _units(rows: int, groups: Array | None, ordered: bool) -> Codes | None:
+def units_of(rows: int, groups: Array | None, ordered: bool) -> Codes | None:
     """What is resampled: number of the group or block of each row, or None for single rows.
 
     One group shows nothing of how groups vary, so its rows count singly and the method says so.
@@ -210,7 +205,8 @@ def _units(rows: int, groups: Array | None, ordered: bool) -> Codes | None:
     return units if units.max() > 0 else None
 
 
-def _alone(method: str) -> str:
+def alone(method: str) -> str:
+    """The method's words where groups say nothing, because there is one."""
     return f"{method}, too narrow: all rows are one group"
 
 

@@ -105,6 +105,11 @@ class Trial:
             raise ValueError(f"a failed trial needs a reason out of {FAIL_REASONS}, but got {self.reason!r}")
 
     @property
+    def configuration(self) -> int:
+        """Number of the search trial that has this configuration, which confirmations share."""
+        return self.number if self.confirms is None else self.confirms
+
+    @property
     def seconds(self) -> float | None:
         """Wall-clock seconds from start to end, or None while either is missing."""
         return None if self.started is None or self.ended is None else self.ended - self.started

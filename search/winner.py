@@ -16,7 +16,7 @@ from search.errors import RequestError
 from search.journal import Journal
 from search.judge import RowJudge
 from search.ledger import Ledger
-from search.metrics import PROPORTIONS, RANKS, RATIOS
+from search.metrics import RANKS, RATIOS
 from search.scoring import Metric, Score
 from search.trial import Trial, TrialState, best
 
@@ -45,6 +45,7 @@ def select(folder: Path, journal: Journal) -> dict[str, Any] | None:
     candidates = [candidate for candidate in candidates if np.isfinite(candidate.guard)]
     sealed = SealedRows(Path(prepared["sealed"]))
     spread: dict[str, Any] = {"groups": sealed.groups("guard"), "ordered": prepared["manifest"]["ordered"]}
+    judge = RowJudge(Path(prepared["rows"]), sealed.path, prepared["objective"], prepared["problem"])
     known = {trial.number: trial for trial in done}
     tested = {candidate.trial: candidate for candidate in candidates}
 
@@ -54,9 +55,9 @@ def select(folder: Path, journal: Journal) -> dict[str, Any] | None:
         trial, candidate = known[number], tested.get(number)
         return {
             "trial": number,
-            "configuration": trial.number if trial.confirms is None else trial.confirms,
+            "configuration": trial.configuration,
             "validation": trial.score,
-            "validation_interval": _validation_interval(folder, prepared, trial, metric),
+            "validation_interval": _validation_interval(folder, prepared["manifest"], judge, trial, metric),
             "guard": None if candidate is None else candidate.guard,
             **_guard_spread(candidate, metric, spread),
         }
@@ -65,7 +66,6 @@ def select(folder: Path, journal: Journal) -> dict[str, Any] | None:
         "events": journal.length,
         "winner": described(leader.number),
         "baseline": described(0),
-        "proportion": metric.kind in PROPORTIONS,
         "corrected": None,
         "noise_floor": None,
         "gains": {"configuration": None, "shipped": None},
@@ -98,20 +98,20 @@ def _candidate(trial: Trial, metric: Metric, guard: float, evidence: Mapping[str
     assert trial.score is not None
     parts = None if evidence is None else np.load(evidence["parts"], mmap_mode="r", allow_pickle=False)
     sums = None if evidence is None or evidence["validation"] is None else np.array(evidence["validation"])
-    configuration = trial.number if trial.confirms is None else trial.confirms
-    return Candidate(trial.number, configuration, trial.size, trial.score, guard, parts, sums)
+    return Candidate(trial.number, trial.configuration, trial.size, trial.score, guard, parts, sums)
 
 
-def _validation_interval(folder: Path, prepared: dict[str, Any], trial: Trial, metric: Metric) -> list[float] | None:
+def _validation_interval(
+    folder: Path, manifest: Mapping[str, Any], judge: RowJudge, trial: Trial, metric: Metric
+) -> list[float] | None:
     """How far the score would lie from the truth by chance alone, had the rows not helped to choose."""
-    if metric.is_custom or prepared["manifest"]["grouped"]:
+    if metric.is_custom or manifest["grouped"]:
         return None
-    judge = RowJudge(Path(prepared["rows"]), Path(prepared["sealed"]), prepared["objective"], prepared["problem"])
     place, outputs = folder / "trials" / f"{trial.number:04d}", len(trial.extra["declaration"]["outputs"])
     files = [str(place / f"validation_{k}.npy") for k in range(outputs)]
     result = {"predictions": {"validation": files}, "declaration": trial.extra["declaration"]}
     score = judge.score("validation", metric, result)
-    interval = statistics.test_interval(score, level=LEVEL, ordered=prepared["manifest"]["ordered"])
+    interval = statistics.test_interval(score, level=LEVEL, ordered=manifest["ordered"])
     return [interval.low, interval.high]
 
 

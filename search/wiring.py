@@ -34,7 +34,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
         StudyFailed: If the study began and could not be completed; what was recorded stays.
     """
     config = StudyConfig(space=space, **options)
-    from search.ledger import Ledger
+    from search.ledger import Ledger, times
 
     watcher = watcher or Silent()
     problem = find(config.space)
@@ -57,10 +57,9 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
                 with publishing.start(folder, uri) as tracker:
                     prepared = jobs.prepare(executor, problem, workspace, folder, config.split_seed, watcher)
                     if (earlier := jobs.openings(prepared)) and config.evaluate == "auto":
-                        times = "once" if earlier == 1 else f"{earlier} times"
                         watcher.say(
-                            f"these test rows have been opened {times} before: this study will leave them sealed, "
-                            "unless it is launched with --evaluate yes"
+                            f"these test rows have been opened {times(earlier)} before: this study will leave "
+                            "them sealed, unless it is launched with --evaluate yes"
                         )
                     journal.put("prepared", prepared)
                     journal.put("study", _study_meta(folder.name, config, problem, prepared, uri, workspace))
