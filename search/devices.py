@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from search.errors import RequestError
-from search.executors import NO_GPU, Slot
+from search.executors import MEMORY_FRACTION, NO_GPU, Slot
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 # Of a shared GPU's memory: CUDA's own context and kernels take some in every process, outside of every limit.
@@ -158,7 +158,7 @@ def _gpu_slot(index: int, devices: Sequence[Gpu], sharing: int, count: int) -> S
     env = {VISIBLE: ",".join(uuids), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     limit = None
     if sharing > 1:
-        env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{_USABLE / sharing:.3f}"
+        env[MEMORY_FRACTION] = f"{_USABLE / sharing:.3f}"
         sizes = [gpu.memory_mib for gpu in devices if gpu.memory_mib is not None]
         limit = int(min(sizes) * _USABLE / sharing) if sizes else None
     share = 1 / sharing if sharing > 1 else None

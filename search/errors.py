@@ -7,7 +7,9 @@
     │   ├── StudyError        the study's name: taken, unknown, or not a name
     │   └── TrackingError     the tracking server cannot be used
     ├── StudyFailed           the study started and could not go on (exit 1)
-    │   └── ExecutorError     the processes that run trials could not be had or were lost
+    │   ├── ExecutorError     the processes that run trials could not be had or were lost
+    │   ├── DiskFull          a record could not be written for want of room; the driver waits and tries again
+    │   └── StudyStopped      somebody asked it to stop at once; `heldout resume` goes on
     └── TrialFailed           this trial is over, the study goes on
 
 A message says what must hold, what was got, and what to do, in one line.
@@ -48,18 +50,31 @@ class ExecutorError(StudyFailed):
     """Trial processes cannot be started, or the process they are forked from is gone."""
 
 
+class DiskFull(StudyFailed):
+    """A record could not be written because the disk is full; nothing of it was written."""
+
+
+class StudyStopped(StudyFailed):
+    """The study was asked to stop at once; what was recorded stays, and it can be resumed."""
+
+
 class TrialFailed(HeldoutError):
     """One trial is over without a score; the study goes on.
 
     Args:
         reason: One of ``trial.FAIL_REASONS``.
         message: One line for people; a traceback, if any, is in the trial's log.
+        chance: Whether another attempt may end otherwise. An exception that the module raised comes again; a
+            process that died need not.
+        on_host: Of an ``oom``: whether the machine's memory ran out, not a GPU's.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, *, chance: bool = False, on_host: bool = False) -> None:
         super().__init__(message)
         self.reason = reason
         self.message = message
+        self.chance = chance
+        self.on_host = on_host
 
 
 def request_error(name: str | None, message: str) -> RequestError:

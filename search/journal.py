@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from search import journal_file
-from search.errors import StudyFailed
+from search.errors import DiskFull, StudyFailed
 from search.history import Event, History
 from search.journal_file import dumps
 from search.space import Ask, Space
@@ -108,6 +108,7 @@ class Journal:
         """Joins the writes inside into one commit: all of them are recorded, or none.
 
         Raises:
+            DiskFull: If there is no room for it; the same writes can be tried again later.
             StudyFailed: If the file cannot be written.
         """
         if self.read_only:
@@ -130,6 +131,8 @@ class Journal:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error):
+                if journal_file.is_full(self.path, error):
+                    raise DiskFull(f"the disk of {self.path} is full") from error
                 raise StudyFailed(
                     f"the journal must take every trial, but {self.path} could not be written ({error}); "
                     "see that its disk has room, can be written to, and that no other driver runs this study"

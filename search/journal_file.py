@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +40,8 @@ _PRAGMAS = (
 )
 # Seconds to wait for a lock: another command may be putting a meta value, or a copy being taken.
 _BUSY_SECONDS = 30.0
+# Bytes under which a failed write is put down to a full disk.
+_LEAST_ROOM = 1 << 20
 
 
 def make(path: Path, meta: Mapping[str, str], at: float) -> None:
@@ -102,6 +105,14 @@ def damaged(path: Path, error: Exception) -> RequestError:
     if isinstance(error, sqlite3.OperationalError):  # the file may be as good as ever
         return RequestError(f"{path} must be open to you, but: {error}; see to its permissions, disk and locks")
     return RequestError(f"{path} must be a readable journal, but: {error}; restore it from a copy")
+
+
+def is_full(path: Path, error: sqlite3.Error) -> bool:
+    """Whether a write failed because the disk is full, which SQLite also reports as a mere I/O error."""
+    primary = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if primary == sqlite3.SQLITE_FULL:
+        return True
+    return primary == sqlite3.SQLITE_IOERR and shutil.disk_usage(path.parent).free < _LEAST_ROOM
 
 
 def _connect(path: Path, read_only: bool) -> sqlite3.Connection:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from search import scoring
+from search.attempt import Verdict
 from search.data import OpenRows, SealedRows
-from search.driver import Verdict
 from search.errors import DataError, TrialFailed
 from search.metrics import RANKS, Array
 

@@ -115,7 +115,9 @@ class Story:
                 return None  # enqueued and never run: no run yet
             key = (trial.number, self._ran[trial.number])
             if self.attempts[key].state is TrialState.RUNNING:
-                ended = dataclasses.replace(self.attempts[key], message=trial.message, ended=at)
+                ended = dataclasses.replace(
+                    self.attempts[key], reason=trial.reason, message=trial.message, ended=at
+                )
                 self.attempts[key] = ended.moved(TrialState.WAITING)
             return key
         key = (trial.number, trial.attempt)

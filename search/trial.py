@@ -68,6 +68,7 @@ class Trial:
         params: Parameter key to native Python value. Before the trial has built its model these
             are what was proposed; afterwards exactly what it asked for.
         history_length: Journal events that the proposal saw; it can be made again from them.
+        retries: How many attempts ended for each reason and were followed by another.
         memo: JSON that the sampler wants back in the history.
         confirms: Number of the search trial whose configuration it trains again with a fresh seed;
             None for a trial of the search itself.
@@ -83,6 +84,7 @@ class Trial:
     params: Params = field(default_factory=dict)
     seed: int = 0
     attempt: int = 0
+    retries: Mapping[str, int] = field(default_factory=dict)
     history_length: int = 0
     memo: Any = None
     confirms: int | None = None
@@ -127,7 +129,8 @@ class Trial:
     def to_json(self) -> dict[str, Any]:
         """A JSON object that ``from_json`` turns back into an equal trial."""
         out = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return out | {"params": dict(self.params), "extra": dict(self.extra), "state": self.state.value}
+        plain = {"params": dict(self.params), "extra": dict(self.extra), "retries": dict(self.retries)}
+        return out | plain | {"state": self.state.value}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Trial:

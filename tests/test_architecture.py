@@ -19,6 +19,7 @@ LAYERS = (
     {"errors"},
     {"trial", "channel", "problem", "rows", "metrics", "chain", "journal_file"},
     {"domain", "traces", "split", "ranks", "intervals", "ledger", "template", "publishing", "watcher", "finalists"},
+    {"usage", "retries", "surroundings", "supervision"},
     {"space", "store", "leakage"},
     {"data"},
     {"history", "tracing", "declaration", "scoring"},
@@ -27,7 +28,9 @@ LAYERS = (
     {"journal", "runs", "statistics"},
     {"publisher", "verdicts", "candidates"},
     {"samplers", "executors", "tracking", "registry", "training", "selection"},
-    {"custom_metric", "preflight", "driver", "study", "devices"},
+    {"custom_metric", "preflight", "study", "devices", "places", "discovery", "recording"},
+    {"attempt"},
+    {"driver"},
     {"judge", "worker"},
     {"jobs", "belief", "picture"},
     {"report"},
@@ -54,6 +57,7 @@ UPWARD_WHEN_CALLED = {
 STDLIB_ONLY = {
     *("errors", "trial", "space", "domain", "traces", "history", "journal", "journal_file", "driver"),
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
+    *("usage", "retries", "surroundings", "supervision", "recording", "places", "discovery", "attempt"),
 }
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.

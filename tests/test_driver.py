@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from search.driver import MOST_FAILURES_IN_A_ROW, Driver, Verdict, proposal_for
+from search.attempt import Verdict
+from search.driver import MOST_FAILURES_IN_A_ROW, Driver
 from search.errors import SpaceError, StudyFailed, TrialFailed
 from search.executors import Exited, Job, Lost, Message, Slot
 from search.executors.inline import InlineExecutor
 from search.finalists import Confirmation, plan
 from search.jobs import call
 from search.journal import Journal
-from search.samplers import get_sampler
+from search.samplers import get_sampler, proposal_for
 from search.space import Domain, Parameter, Space
 from search.trial import Trial, TrialState, searched, seed_for
 from search.watcher import Silent

@@ -13,8 +13,9 @@ import pytest
 
 import search
 from search import custom_metric, metrics, scoring
+from search.attempt import Verdict
 from search.data import Dataset, OpenRows, SealedRows, prepare
-from search.driver import Driver, Verdict
+from search.driver import Driver
 from search.errors import DataError, TrialFailed
 from search.executors import Slot
 from search.executors.inline import InlineExecutor

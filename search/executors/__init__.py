@@ -8,11 +8,26 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-__all__ = ["NO_GPU", "Event", "Executor", "Exited", "Job", "Lost", "Message", "Slot", "Warned", "task"]
+__all__ = [
+    "MEMORY_FRACTION",
+    "NO_GPU",
+    "Event",
+    "Executor",
+    "Exited",
+    "Job",
+    "Lost",
+    "Message",
+    "Slot",
+    "Warned",
+    "died",
+    "task",
+]
 
 # Environment of processes without a GPU, and of jobs without a slot: on the GPUs that they would see they'd take
 # memory from the trials. An empty value hides every GPU from CUDA as well, but some launchers drop empty variables.
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}
+# The variable by which JAX is told its share of a GPU's memory.
+MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,11 @@ class Slot:
         """The slot as a trial process is told of it."""
         out = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         return out | {"env": dict(self.env), "gpus": list(self.gpus)}
+
+    def whole(self) -> Slot:
+        """The same slot for a trial that has its GPUs to itself: their memory is not shared out."""
+        env = {name: value for name, value in self.env.items() if name != MEMORY_FRACTION}
+        return dataclasses.replace(self, env=env, memory_share=None, memory_mib=None)
 
 
 @dataclass(frozen=True)
@@ -80,19 +100,26 @@ class Exited:
     Attributes:
         code: Exit status, or None if a signal ended it; signal: that signal, else None.
         seconds: From fork to exit.
+        oom: Whether the kernel ended it for want of memory, as far as that can be told.
     """
 
     job: str
     code: int | None
     signal: int | None
     seconds: float
+    oom: bool = False
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A job is gone through no fault of its own; its slot is free. No event of this job follows."""
+    """A job is gone through no fault of its own; its slot is free. No event of this job follows.
+
+    Attributes:
+        taken: Whether the machine it ran on was taken away, and not only the processes around it.
+    """
 
     job: str
+    taken: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +130,11 @@ class Warned:
 
 
 Event = Message | Exited | Lost | Warned
+
+
+def died(job: str, text: str) -> Message:
+    """What an executor says of a job whose process broke down without saying anything itself."""
+    return Message(job, {"type": "failed", "reason": "crash", "message": text, "error": None, "died": True})
 
 
 class Executor(Protocol):
@@ -144,6 +176,10 @@ class Executor(Protocol):
 
     def kill(self, job_id: str) -> None:
         """End a job: asked first, then made to. Its ``Exited`` follows; nothing happens if it is gone."""
+        ...
+
+    def cpu_seconds(self, job_id: str) -> float | None:
+        """CPU time that the processes of a running job have used so far; None if that is not known."""
         ...
 
     def close(self) -> None:

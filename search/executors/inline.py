@@ -84,6 +84,10 @@ class InlineExecutor:
     def kill(self, job_id: str) -> None:
         """Nothing: a submitted job has already ended."""
 
+    def cpu_seconds(self, job_id: str) -> float | None:
+        """Not known: there is no process."""
+        return None
+
     def close(self) -> None:
         """Forget what was not polled."""
         self._events.clear()

@@ -19,8 +19,9 @@ from typing import Any, Self
 
 from search.channel import ChannelError, Link, wait
 from search.errors import ExecutorError, RequestError
-from search.executors import Event, Exited, Job, Lost, Message, Slot, Warned, task
+from search.executors import Event, Exited, Job, Lost, Message, Slot, Warned, died, task
 from search.template import command
+from search.usage import cpu_seconds, oom_kills
 
 REQUIRED = ("numpy", "keras", "keras_tuner")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -50,6 +51,7 @@ def start_method(asked: str | None = None) -> str:
 class _Running:
     link: Link
     slot: Slot | None
+    ooms: int | None  # of the whole machine, when it began
     pid: int | None = None
     # Set when the template died: how long to wait for the process to be gone.
     lost_by: float | None = None
@@ -133,7 +135,9 @@ class LocalExecutor:
             raise ExecutorError("an executor must be started before it gets jobs, but this is not: call start()")
         if job.id in self._running:
             raise ValueError(f"the id of a job must be its own, but {job.id!r} is running")
-        if slot is not None and any(other.slot == slot for other in self._running.values()):
+        if slot is not None and any(
+            other.slot is not None and other.slot.index == slot.index for other in self._running.values()
+        ):
             raise ValueError(f"a slot must be free to be given a job, but slot {slot.index} is taken")
         ours, theirs = socket.socketpair()
         link = Link(ours)
@@ -144,7 +148,7 @@ class LocalExecutor:
             link.close()
             os.close(fd)
             raise
-        self._running[job.id] = _Running(link, slot)
+        self._running[job.id] = _Running(link, slot, oom_kills())
         env = {**job.env, **(slot.env if slot else {})}
         self._control.queue({"run": job.id, "log": job.log, "env": env}, (fd,))
 
@@ -173,6 +177,11 @@ class LocalExecutor:
         """End a job with SIGTERM and, a second later, SIGKILL, process group and all; ``Exited`` follows."""
         if job_id in self._running and self._control is not None:
             self._control.queue({"kill": job_id})
+
+    def cpu_seconds(self, job_id: str) -> float | None:
+        """CPU time that the job's processes have used so far; None before it was forked."""
+        job = self._running.get(job_id)
+        return None if job is None or job.pid is None else cpu_seconds(job.pid)
 
     def close(self) -> None:
         """End the template and every job, at once. Their events are dropped."""
@@ -242,7 +251,7 @@ class LocalExecutor:
             for body in job.link.read():
                 self._events.append(Message(name, body))
         except ChannelError as error:
-            self._events.append(_failed(name, f"the trial's process broke its channel: {error}"))
+            self._events.append(died(name, f"the trial's process broke its channel: {error}"))
             # With its socket closed the process kills itself; if it cannot, the template does.
             job.link.close()
             self.kill(name)
@@ -269,7 +278,7 @@ class LocalExecutor:
             self._running[body["forked"]].pid = body["pid"]
         elif "refused" in body:
             name = body["refused"]
-            self._events.append(_failed(name, f"a process for it could not be started: {body['error']}"))
+            self._events.append(died(name, f"a process for it could not be started: {body['error']}"))
             self._end(name, Exited(name, 1, None, 0.0))
         elif "exited" in body:
             name = body["exited"]
@@ -281,7 +290,8 @@ class LocalExecutor:
                     break
                 self._listen_to_job(name)
             self._deaths = 0
-            self._end(name, Exited(name, body["code"], body["signal"], body["seconds"]))
+            oom = body["signal"] == signal.SIGKILL and job.ooms is not None and (oom_kills() or 0) > job.ooms
+            self._end(name, Exited(name, body["code"], body["signal"], body["seconds"], oom))
 
     def _end(self, name: str, event: Event) -> None:
         self._running.pop(name).link.close()
@@ -335,10 +345,6 @@ class LocalExecutor:
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.killpg(job.pid, signal.SIGKILL)
         return status
-
-
-def _failed(name: str, text: str) -> Message:
-    return Message(name, {"type": "failed", "reason": "crash", "message": text, "error": None})
 
 
 # ``start_method`` is also the name of an argument.

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from search.errors import RequestError
 from search.space import Space
-from search.trial import Trial, Value, seed_for
+from search.trial import Trial, Value, searched, seed_for
 
-__all__ = ["SAMPLERS", "Proposal", "Sampler", "get_sampler", "propose"]
+__all__ = ["SAMPLERS", "Proposal", "Sampler", "get_sampler", "proposal_for", "propose"]
 
 _ASKS = 20
 
@@ -90,3 +90,13 @@ def propose(sampler: Sampler, history: Sequence[Trial], space: Space, seed: int)
         if space.signature(proposal.params) not in seen:
             return proposal
     return Proposal(untried, proposal.memo)
+
+
+def proposal_for(
+    sampler: Sampler, history: Sequence[Trial], space: Space, study_seed: int, number: int
+) -> Proposal | None:
+    """The proposal for the search's trial ``number`` after ``history``, which anybody can so make again.
+
+    Confirmations are no part of the search, so no sampler sees them.
+    """
+    return propose(sampler, searched(history), space, seed_for(study_seed, number, "proposal"))

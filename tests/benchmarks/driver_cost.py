@@ -19,8 +19,9 @@ from typing import Any
 import measure
 
 from search import publishing
+from search.attempt import Verdict
 from search.domain import Domain
-from search.driver import Driver, Verdict
+from search.driver import Driver
 from search.executors.inline import InlineExecutor
 from search.journal import Journal
 from search.samplers import Proposal, Sampler, get_sampler

@@ -1,0 +1,138 @@
+"""One attempt of a trial while it runs: what its process has said, and what it comes to in the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from search.errors import TrialFailed
+from search.executors import Exited, Slot
+from search.places import Alone
+from search.retries import counted
+from search.trial import Report, Trial, TrialState
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge says of one finished trial's predictions.
+
+    Attributes:
+        score: On validation rows, in the objective's units; goes to the sampler.
+        guard: On guard rows; goes to the journal's sealed table and nowhere else.
+        evidence: JSON that is kept with the guard score: what the final choice needs of both tiers.
+    """
+
+    score: float
+    guard: float | None
+    evidence: Any = None
+
+
+class Judge(Protocol):
+    """Scores the predictions that a trial left behind."""
+
+    def judge(self, result: dict[str, Any]) -> Verdict | dict[str, Any]:
+        """A verdict, or the payload of a ``score`` job whose result ``settle`` turns into one."""
+
+    def settle(self, result: dict[str, Any]) -> Verdict:
+        """The verdict of a ``score`` job's result."""
+
+
+@dataclass
+class Attempt:
+    """One attempt in its slot.
+
+    Attributes:
+        trial: As the journal has it: RUNNING, with the parameters that were proposed.
+        asks: What it has asked for so far; result, failure: how it says that it ended.
+        scoring: Payload of its score job, if only Keras can compute the metric; settled: that job's verdict.
+        deaths: Times that the score job ended without an answer.
+    """
+
+    trial: Trial
+    slot: Slot
+    asks: list[dict[str, Any]] = field(default_factory=list)
+    result: dict[str, Any] | None = None
+    failure: TrialFailed | None = None
+    settled: Verdict | None = None
+    scoring: dict[str, Any] = field(default_factory=dict)
+    deaths: int = 0
+
+    @property
+    def job(self) -> str:
+        """Id of its job."""
+        return job_id(self.trial)
+
+    def reported(self, body: dict[str, Any], at: float) -> Report:
+        """Take in the report of an epoch."""
+        report = Report(self.trial.number, self.trial.attempt, body["step"], at, body["metrics"])
+        self.trial = dataclasses.replace(self.trial, epochs=report.step)
+        return report
+
+    def failed(self, body: dict[str, Any]) -> None:
+        """Take in a failure that its process, or the executor in its place, tells of."""
+        if self.failure is None:
+            reason = body["reason"]
+            chance = bool(body.get("died")) or reason == "oom"
+            self.failure = TrialFailed(
+                reason, body["message"], chance=chance, on_host=bool(body.get("on_host"))
+            )
+
+    def exited(self, event: Exited) -> None:
+        """Take in the end of its process, which is a failure if it has not said a result."""
+        if self.failure is not None or self.result is not None:
+            return
+        how = ended(event)
+        if event.oom:
+            message = f"the trial's process {how}: the machine ran out of memory"
+            self.failure = TrialFailed("oom", message, chance=True, on_host=True)
+        else:
+            self.failure = TrialFailed("crash", f"the trial's process {how}", chance=True)
+
+    def waiting(self, failure: TrialFailed, is_counted: bool) -> Trial:
+        """The trial as it waits for its next attempt, with the parameters that were proposed."""
+        retries = counted(self.trial, failure.reason) if is_counted else self.trial.retries
+        return self.trial.moved(
+            TrialState.WAITING, retries=retries, reason=failure.reason, message=failure.message
+        )
+
+    def finished(self, verdict: Verdict | None, params: dict[str, Any], direction: str, now: float) -> Trial:
+        """The trial as it ended."""
+        if verdict is None:
+            failure = self.failure or TrialFailed("crash", "the trial ended without a verdict")
+            return self.trial.moved(
+                TrialState.FAILED, params=params, ended=now, reason=failure.reason, message=failure.message
+            )
+        result = self.result or {}
+        return self.trial.moved(
+            TrialState.COMPLETE,
+            params=params,
+            ended=now,
+            score=verdict.score,
+            loss=verdict.score if direction == "min" else -verdict.score,
+            epochs=result["epochs"],
+            best_epoch=result["best_epoch"],
+            size=result["size"],
+            extra={key: result[key] for key in ("weights", "reported", "devices", "declaration")},
+        )
+
+
+def job_id(trial: Trial) -> str:
+    """Id of the job that an attempt of a trial is."""
+    return f"trial-{trial.number}-{trial.attempt}"
+
+
+def ended(event: Exited) -> str:
+    """How a process ended, in words."""
+    return f"was ended by signal {event.signal}" if event.signal else f"exited with {event.code} and no result"
+
+
+def alone(trial: Trial, on_host: bool | None) -> Alone | None:
+    """What a trial must not share in its next attempt.
+
+    Args:
+        on_host: Whether it was the machine's memory that ran out; None if that is not known any more.
+    """
+    if not trial.retries.get("oom"):
+        return None
+    return Alone.DEVICE if on_host is False else Alone.MACHINE

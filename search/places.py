@@ -1,0 +1,77 @@
+"""Which slot a trial gets: the free ones, and those that are kept empty around a trial that must be alone."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+from search.executors import Slot
+
+
+class Alone(enum.Enum):
+    """With what a trial may not share: nothing else on its GPUs (of CPU slots: none at all), or on the machine."""
+
+    DEVICE = "device"
+    MACHINE = "machine"
+
+
+class Places:
+    """The slots of an executor, given out and taken back.
+
+    A trial that ran out of memory runs again with nothing beside it. While it waits for its neighbours to end,
+    and while it runs, their slots are given to nobody.
+
+    Args:
+        slots: All of them.
+    """
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots = tuple(slots)
+        self._free = {slot.index for slot in slots}
+        self._kept: dict[int, frozenset[int]] = {}  # index of a slot with a trial that is alone, to those kept empty
+        self._awaited: frozenset[int] = frozenset()  # slots that are being emptied
+
+    def take(self, alone: Alone | None = None) -> Slot | None:
+        """A slot to run in, or None if there is none now.
+
+        With ``alone``, a slot whose neighbours are all free; until that is so, they are emptied: whoever asks for
+        one with ``alone`` has to ask again, and not for another way of being alone.
+        """
+        blocked = frozenset().union(*self._kept.values())
+        if alone is None:
+            usable = [slot for slot in self._slots if slot.index in self._free - blocked - self._awaited]
+            if not usable:
+                return None
+            self._free.remove(usable[0].index)
+            return usable[0]
+        around = {slot.index: self._around(slot, alone) for slot in self._slots}
+        ready = [slot for slot in self._slots if {slot.index, *around[slot.index]} <= self._free - blocked]
+        if not ready:
+            if not self._awaited:
+                least = min(self._slots, key=lambda slot: (len(around[slot.index] - self._free), slot.index))
+                self._awaited = around[least.index] | {least.index}
+            return None
+        chosen = ready[0]
+        self._awaited = frozenset()
+        self._kept[chosen.index] = around[chosen.index]
+        self._free.remove(chosen.index)
+        return chosen.whole()
+
+    def give_back(self, slot: Slot) -> None:
+        """The trial in this slot is over."""
+        self._free.add(slot.index)
+        self._kept.pop(slot.index, None)
+
+    @property
+    def all_free(self) -> bool:
+        """Whether nothing runs in any slot."""
+        return len(self._free) == len(self._slots)
+
+    def _around(self, slot: Slot, alone: Alone) -> frozenset[int]:
+        """Slots that share memory with this one."""
+        everywhere = alone is Alone.MACHINE or not slot.gpus
+        return frozenset(
+            other.index
+            for other in self._slots
+            if other.index != slot.index and (everywhere or set(other.gpus) & set(slot.gpus))
+        )

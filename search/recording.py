@@ -1,0 +1,91 @@
+"""Writing a search into its journal: reports in batches, and patience while the disk is full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from search.errors import DiskFull
+from search.journal import Journal
+from search.surroundings import Surroundings
+from search.trial import Report
+from search.watcher import Watcher
+
+_EVERY = 0.5  # seconds between commits of epoch reports
+
+_T = TypeVar("_T")
+
+
+class Recording:
+    """The driver's way to its journal. While the disk is full it waits, instead of losing what is known.
+
+    Args:
+        surroundings: Says whether the disk has room.
+        watcher: Is told when the search pauses and when it goes on.
+        wait: Lets a moment pass; raises if the search shall not wait any longer.
+        clock: Seconds since the Unix epoch.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        surroundings: Surroundings,
+        watcher: Watcher,
+        wait: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._journal, self._surroundings, self._watcher = journal, surroundings, watcher
+        self._wait, self._clock = wait, clock
+        self._paused = False
+        self._reports: list[Report] = []
+        self._flushed = 0.0
+
+    def has_room(self) -> bool:
+        """Whether the disk has room; says so when that changes."""
+        why = self._surroundings.lacks_room()
+        if why is not None:
+            self._pause(why)
+        elif self._paused:
+            self._paused = False
+            self._watcher.say("there is room on the disk again: going on")
+        return why is None
+
+    def durably(self, write: Callable[[], _T]) -> _T:
+        """Write to the journal, trying again until the disk takes it.
+
+        Args:
+            write: Writes all or nothing each time, as ``Journal`` does.
+        """
+        while True:
+            try:
+                return write()
+            except DiskFull as error:
+                self._pause(str(error))
+                self._wait()
+
+    def report(self, report: Report) -> None:
+        """Keep a report for the next commit."""
+        self._reports.append(report)
+
+    def flush(self, force: bool = False) -> None:
+        """Commit the reports, if it is time."""
+        if self._reports and (force or self._clock() - self._flushed >= _EVERY):
+            self.write(lambda: None)
+
+    def write(self, write: Callable[[], _T]) -> _T:
+        """What has been reported, and something more, in one commit."""
+
+        def all_or_nothing() -> _T:
+            with self._journal.one_commit():
+                self._journal.report(self._reports)
+                return write()
+
+        done = self.durably(all_or_nothing)
+        self._reports = []  # not before: a commit that fails takes the reports back as well
+        self._flushed = self._clock()
+        return done
+
+    def _pause(self, why: str) -> None:
+        if not self._paused:
+            self._paused = True
+            self._watcher.say(f"paused: {why}; it goes on by itself once there is room")

@@ -1,0 +1,278 @@
+"""Failures by kind: which are tried again, how often, under what record, and in which company."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from search.errors import DiskFull, SpaceError, StudyStopped
+from search.executors import Event, Exited, Job, Lost, Message, Slot, died
+from search.executors.inline import InlineExecutor
+from search.journal import Journal
+from search.retries import RETRIES
+from search.surroundings import FINISH, NOW, Calm
+from search.trial import Trial, TrialState
+from search.watcher import Silent
+from tests.test_driver import RATE, driver, journal, study  # noqa: F401 (a fixture)
+
+WHOLE = study(RATE, score=lambda p: 0.5)
+
+
+class Scripted(InlineExecutor):
+    """Replaces what attempts of trial 2 come to by the events of a script, attempt by attempt."""
+
+    def __init__(self, script: list[list[Event]], slots: int = 1, number: int = 2) -> None:
+        super().__init__(WHOLE, [Slot(n, 1) for n in range(slots)])
+        self._script = {f"trial-{number}-{attempt}": events for attempt, events in enumerate(script)}
+
+    def poll(self, timeout: float) -> list[Any]:
+        events = []
+        for event in super().poll(timeout):
+            if event.job not in self._script:
+                events.append(event)
+            elif isinstance(event, Exited):
+                events += self._script[event.job]
+        return events
+
+
+def failed(reason: str, attempt: int = 0, **more: Any) -> list[Event]:
+    job = f"trial-2-{attempt}"
+    body = {"type": "failed", "reason": reason, "message": "as it is", "error": None, **more}
+    return [Message(job, body), Exited(job, 0, None, 1.0)]
+
+
+def signalled(attempt: int, number: int = 9, oom: bool = False) -> list[Event]:
+    return [Exited(f"trial-2-{attempt}", None, number, 1.0, oom)]
+
+
+def lost(attempt: int, taken: bool = False) -> list[Event]:
+    return [Lost(f"trial-2-{attempt}", taken)]
+
+
+def run(journal: Journal, script: list[list[Event]], **changes: Any) -> Trial:  # noqa: F811
+    driver(journal, None, trials=5, executor=Scripted(script), **changes).run()
+    states = [t.state for t in journal.history()]
+    assert len(states) == 5 and all(state.is_finished for state in states)
+    return journal.history()[2]
+
+
+@pytest.mark.parametrize(
+    ("script", "state", "reason", "attempts", "retries"),
+    [
+        ([failed("nan")], TrialState.FAILED, "nan", 1, {}),
+        ([failed("invalid")], TrialState.FAILED, "invalid", 1, {}),
+        ([failed("crash")], TrialState.FAILED, "crash", 1, {}),  # an exception of the module
+        ([failed("oom")], TrialState.COMPLETE, None, 2, {"oom": 1}),
+        ([failed("oom"), failed("oom", 1)], TrialState.FAILED, "oom", 2, {"oom": 1}),
+        ([signalled(0, oom=True)], TrialState.COMPLETE, None, 2, {"oom": 1}),
+        ([signalled(0, 11)], TrialState.COMPLETE, None, 2, {"crash": 1}),
+        ([signalled(0), signalled(1)], TrialState.COMPLETE, None, 3, {"crash": 2}),
+        ([signalled(n) for n in range(3)], TrialState.FAILED, "crash", 3, {"crash": 2}),
+        ([[Exited(f"trial-2-{n}", 0, None, 1.0)] for n in range(3)], TrialState.FAILED, "crash", 3, {"crash": 2}),
+        ([[died("trial-2-0", "it wrote garbage"), *signalled(0)]], TrialState.COMPLETE, None, 2, {"crash": 1}),
+        ([lost(0), lost(1)], TrialState.COMPLETE, None, 3, {"lost": 2}),
+        ([lost(0), lost(1), lost(2)], TrialState.FAILED, "lost", 3, {"lost": 2}),
+        ([lost(n, taken=True) for n in range(6)], TrialState.COMPLETE, None, 7, {}),
+        ([signalled(0), failed("oom", 1), lost(2)], TrialState.COMPLETE, None, 4, {"crash": 1, "oom": 1, "lost": 1}),
+    ],
+)
+def test_each_kind_has_its_policy(
+    journal: Journal,  # noqa: F811
+    script: list[list[Event]],
+    state: TrialState,
+    reason: str | None,
+    attempts: int,
+    retries: dict[str, int],
+) -> None:
+    trial = run(journal, script)
+    assert (trial.state, trial.reason, trial.attempt + 1) == (state, reason, attempts)
+    assert dict(trial.retries) == retries
+    begun = [Trial.from_json(e.body) for e in journal.events() if e.kind == "trial" and e.trial == 2]
+    assert len({(t.seed, t.history_length, str(t.params)) for t in begun if not t.state.is_finished}) == 1
+    waited = [t.reason for t in begun if t.state is TrialState.WAITING]
+    assert len(waited) == attempts - 1 and None not in waited
+
+
+def test_a_result_whose_process_was_lost_afterwards_counts(journal: Journal) -> None:  # noqa: F811
+    class Late(InlineExecutor):
+        def poll(self, timeout: float) -> list[Any]:
+            events = super().poll(timeout)
+            return [Lost(e.job) if isinstance(e, Exited) and e.job == "trial-2-0" else e for e in events]
+
+    driver(journal, None, trials=4, executor=Late(WHOLE)).run()
+    assert [t.attempt for t in journal.history()] == [0, 0, 0, 0]
+
+
+def test_retries_are_counted_across_drivers(journal: Journal) -> None:  # noqa: F811
+    class Cut(Scripted):
+        def submit(self, job: Job, slot: Slot | None) -> None:
+            if job.id == "trial-2-2":
+                raise KeyboardInterrupt
+            super().submit(job, slot)
+
+    script = [signalled(n) for n in range(9)]
+    with pytest.raises(KeyboardInterrupt):
+        driver(journal, None, trials=5, executor=Cut(script)).run()
+    driver(journal, None, trials=5, executor=Scripted(script), discovery=None).run()
+    trial = journal.history()[2]
+    # Two retries for the crashes; the attempt that the driver took with it is nobody's fault.
+    assert (trial.state, trial.reason, trial.attempt, dict(trial.retries)) == (
+        TrialState.FAILED, "crash", 3, {"crash": 2},
+    )  # fmt: skip
+
+
+def test_the_baseline_may_crash_before_preflight_has_spoken(journal: Journal) -> None:  # noqa: F811
+    crash = [[Exited(f"trial-0-{n}", None, 11, 1.0)] for n in range(3)]
+    executor = Scripted(crash[:2], number=0)
+    assert driver(journal, None, trials=3, executor=executor).run() == "complete"
+    assert journal.history()[0].attempt == 2
+
+
+def test_a_baseline_that_always_crashes_is_a_wrong_request(journal: Journal) -> None:  # noqa: F811
+    crash = [[Exited(f"trial-0-{n}", None, 11, 1.0)] for n in range(3)]
+    with pytest.raises(SpaceError, match="was ended by signal 11.*heldout try"):
+        driver(journal, None, trials=3, executor=Scripted(crash, number=0)).run()
+
+
+class Together(InlineExecutor):
+    """Lets trials end one poll after all slots are full, and knows who ran beside whom."""
+
+    def __init__(self, first: Callable[[str], list[Event] | None], slots: int = 3) -> None:
+        super().__init__(WHOLE, [Slot(n, 1) for n in range(slots)])
+        self._first, self._late, self.beside = first, [], {}
+
+    def submit(self, job: Job, slot: Slot | None) -> None:
+        super().submit(job, slot)
+        running = [name for name, where in self._busy.items() if where is not None]
+        for name in running:
+            self.beside.setdefault(name, set()).update(set(running) - {name})
+
+    def poll(self, timeout: float) -> list[Any]:
+        out: list[Any] = []
+        if self._late:
+            event = self._late.pop(0)  # one end a poll
+            self._busy.pop(event.job, None)
+            out += self._first(event.job) or [event]
+        events, self._events = list(self._events), type(self._events)()
+        for event in events:
+            scripted = self._first(event.job) is not None
+            if isinstance(event, Exited) and not event.job.startswith("discover"):
+                self._late.append(event)
+            elif isinstance(event, Exited) or not scripted:
+                if isinstance(event, Exited):
+                    self._busy.pop(event.job, None)
+                out.append(event)
+        return out
+
+
+def test_what_ran_out_of_memory_runs_again_with_nothing_beside_it(journal: Journal) -> None:  # noqa: F811
+    def first(job: str) -> list[Event] | None:
+        return [Exited(job, None, 9, 1.0, True)] if job == "trial-4-0" else None
+
+    executor = Together(first)
+    assert driver(journal, None, trials=12, executor=executor).run() == "complete"
+    assert all(t.state is TrialState.COMPLETE for t in journal.history())
+    assert executor.beside["trial-4-0"] and executor.beside["trial-4-1"] == set()
+    assert any(executor.beside[f"trial-{n}-0"] for n in range(6, 12))  # afterwards together again
+
+
+class Room(Calm):
+    """Lacks room for so many questions."""
+
+    def __init__(self, lacking: int) -> None:
+        self.lacking = lacking
+
+    def lacks_room(self) -> str | None:
+        self.lacking -= 1
+        return "only 3 MiB are free" if self.lacking >= 0 else None
+
+
+class Listening(Silent):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.heard.append(text)
+
+
+def test_a_full_disk_pauses_and_costs_no_retry(journal: Journal) -> None:  # noqa: F811
+    room, watcher = Room(0), Listening()
+
+    class Filling(Scripted):
+        def poll(self, timeout: float) -> list[Any]:
+            events = super().poll(timeout)
+            if any(isinstance(e, Message) and e.body.get("message") == "as it is" for e in events):
+                room.lacking = 4
+            return events
+
+    executor = Filling([failed("crash"), failed("crash", 1)])
+    driver(journal, None, trials=5, executor=executor, surroundings=room, watcher=watcher).run()
+    trial = journal.history()[2]
+    assert trial.state is TrialState.COMPLETE and trial.attempt == 2 and not trial.retries
+    told = [text for text in watcher.heard if "paused" in text or "going on" in text]
+    assert told == ["paused: only 3 MiB are free; it goes on by itself once there is room",
+                    "there is room on the disk again: going on"] * 2  # fmt: skip
+
+
+def test_a_journal_on_a_full_disk_is_written_once_there_is_room(journal: Journal) -> None:  # noqa: F811
+    real, failing, waited = journal.finish, [3], []
+
+    def finish(trial: Trial) -> None:
+        if trial.number == 2 and failing[0]:
+            failing[0] -= 1
+            raise DiskFull("the journal cannot be written")
+        real(trial)
+
+    journal.finish = finish  # type: ignore[method-assign]
+    driver(journal, WHOLE, trials=5, sleep=waited.append).run()
+    trials = journal.history()
+    assert [t.state for t in trials] == [TrialState.COMPLETE] * 5 and len(waited) == 3
+    assert len(journal.reports()) == 10 and len(journal.guards()) == 5
+
+
+class Asking(Calm):
+    """Asks to stop once so many trials have ended."""
+
+    def __init__(self, after: int, how: str) -> None:
+        self.after, self.how = after, how
+
+    def ended(self, history: Any) -> None:
+        self.after -= 1
+
+    def stop(self) -> str | None:
+        return self.how if self.after <= 0 else None
+
+
+def test_asked_to_finish_it_lets_running_trials_end_and_can_go_on(journal: Journal) -> None:  # noqa: F811
+    executor = Together(lambda job: None)
+    assert driver(journal, None, trials=12, executor=executor, surroundings=Asking(4, FINISH)).run() == "stopped"
+    trials = journal.history()
+    assert 4 < len(trials) < 12 and all(t.state is TrialState.COMPLETE for t in trials)
+    assert driver(journal, WHOLE, trials=12, discovery=None).run() == "complete"
+    assert len(journal.history()) == 12
+
+
+def test_asked_to_stop_now_it_stops_and_what_ran_runs_again(journal: Journal) -> None:  # noqa: F811
+    executor = Together(lambda job: None)
+    with pytest.raises(StudyStopped):
+        driver(journal, None, trials=12, executor=executor, surroundings=Asking(4, NOW)).run()
+    in_flight = [t.number for t in journal.history() if not t.state.is_finished]
+    assert in_flight
+    assert driver(journal, WHOLE, trials=12, discovery=None).run() == "complete"
+    assert [t.attempt for t in journal.history()] == [int(n in in_flight) for n in range(12)]
+
+
+def test_a_stop_is_heard_while_the_disk_is_full(journal: Journal) -> None:  # noqa: F811
+    def finish(trial: Trial) -> None:
+        raise DiskFull("the journal cannot be written")
+
+    journal.finish = finish  # type: ignore[method-assign]
+    asking = Asking(1, NOW)
+    with pytest.raises(StudyStopped):
+        driver(journal, WHOLE, surroundings=asking, sleep=lambda _: asking.ended(())).run()
+
+
+def test_the_table_has_every_reason() -> None:
+    assert RETRIES == {"nan": 0, "oom": 1, "crash": 2, "timeout": 0, "lost": 2, "invalid": 0}
