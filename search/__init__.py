@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from search.evaluation import evaluate
     from search.ledger import Ledger
     from search.rehearsal import check, try_params
+    from search.resuming import resume
+    from search.stopping import stop
     from search.study import Study
     from search.study import names as studies
     from search.ui import serve
-    from search.wiring import launch, resume
+    from search.wiring import launch
 
 # Loaded when first used: `heldout --help` and a space module need none of the rest.
 _HOME = {
@@ -41,7 +43,8 @@ _HOME = {
     "check": "rehearsal",
     "evaluate": "evaluation",
     "launch": "wiring",
-    "resume": "wiring",
+    "resume": "resuming",
+    "stop": "stopping",
     "serve": "ui",
     "studies": "study",
     "try_params": "rehearsal",
@@ -64,6 +67,7 @@ __all__ = [
     "launch",
     "resume",
     "serve",
+    "stop",
     "studies",
     "try_params",
 ]

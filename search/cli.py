@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from search import options
-from search.errors import HeldoutError, RequestError, StudyFailed
+from search.errors import HeldoutError, RequestError, StudyFailed, StudyStopped
 
 if TYPE_CHECKING:
+    from search.study import StudyConfig
     from search.trial import Trial
 
 _DEBUG = "heldout.debug"
@@ -42,10 +43,7 @@ class _Commands(click.Group):
             click.echo(f"heldout: {type(error).__name__}: {said} (where: `heldout --debug …`)", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo(
-                "heldout: stopped; `heldout status` shows what is recorded, `heldout resume STUDY` goes on",
-                err=True,
-            )
+            click.echo("heldout: stopped", err=True)
             ctx.exit(1)
 
 
@@ -75,28 +73,53 @@ def launch(space: str, tags: tuple[str, ...], as_json: bool, **asked: Any) -> No
 
     SPACE is a Python file, a dotted module, or the name of a shipped space.
     """
+    from search.study import StudyConfig
     from search.wiring import launch as run
 
-    with _watching(_trainings(space=space, **asked), as_json) as watcher:
+    with _watching(_trainings(StudyConfig(space=space, **asked)), as_json) as watcher:
         study = run(space, watcher=watcher, tags=_tags(tags), **asked)
     _finished(study, as_json)
 
 
 @main.command()
 @click.argument("study")
+@click.option("--trials", metavar="N|+N", help="Trials in all, or so many more [the plan's].")
+@click.option("--accept-changes", is_flag=True, help="Go on with a space module that was changed.")
+@click.option("--evaluate", type=click.Choice(["auto", "yes", "no"]), help="As for launch [as launched].")
 @options.workspace
 @options.as_json
-def resume(study: str, workspace: str | None, as_json: bool) -> None:
-    """Continue STUDY where it stopped."""
-    from search.study import Study
-    from search.wiring import resume as run
+def resume(study: str, workspace: str | None, as_json: bool, **asked: Any) -> None:
+    """Continue STUDY where it stopped, or extend it."""
+    from search.resuming import extended
+    from search.resuming import resume as run
+    from search.study import Study, StudyConfig
 
     stopped = Study(study, workspace)
     config = (stopped.meta("study") or {}).get("config")
+    plan = _trainings(extended(StudyConfig(**config), asked["trials"])) if config else None
     ended = [trial for trial in stopped.trials if trial.state.is_finished]
-    with _watching(_trainings(**config) if config else None, as_json, ended) as watcher:
-        found = run(study, workspace=workspace, watcher=watcher)
+    with _watching(plan, as_json, ended) as watcher:
+        found = run(study, workspace=workspace, watcher=watcher, **asked)
     _finished(found, as_json)
+
+
+@main.command()
+@click.argument("study")
+@click.option("--now", is_flag=True, help="At once; trials that run begin anew on resume.")
+@options.workspace
+@options.as_json
+def stop(study: str, now: bool, workspace: str | None, as_json: bool) -> None:
+    """Ask a running STUDY to stop, its trials ended first.
+
+    It can be resumed. Ctrl-C where it runs does the same, and a second Ctrl-C the same as --now.
+    """
+    from search.stopping import stop as run
+
+    found = run(study, now=now, workspace=workspace)
+    if as_json:
+        return _print_json(found)
+    when = "at once" if now else "when the trials that run have ended"
+    click.echo(f"asked {found['driver']} to stop study {found['study']} {when}; `heldout resume {study}` goes on")
 
 
 @main.command()
@@ -316,12 +339,9 @@ def _watching(planned: int | None, as_json: bool, earlier: Sequence[Trial] = ())
         yield view
 
 
-def _trainings(**config: Any) -> int:
+def _trainings(config: StudyConfig) -> int:
     """Trainings of a whole study."""
-    from search.study import StudyConfig
-
-    known = StudyConfig(**config)
-    return known.trials + known.confirmation().runs
+    return config.trials + config.confirmation().runs
 
 
 def _tags(given: tuple[str, ...]) -> dict[str, str]:
@@ -362,6 +382,8 @@ def _finished(study: Any, as_json: bool) -> None:
             click.echo(line)
         if found["best"] is not None:
             click.echo(f"export the model: heldout export {study.name} --out {study.name}-model")
+    if study.state == "STOPPED":
+        raise StudyStopped(f"study {study.name!r} was stopped; `heldout resume {study.name}` goes on")
     if found["best"] is None:
         raise StudyFailed(f"no trial of study {study.name!r} completed; `heldout show {study.name} 0` shows the first")
 

@@ -39,6 +39,7 @@ class Driver:
         on_preflight: Called once with the preflight's findings, before any other trial starts.
         confirm: The trainings that shall follow the search, worked out from its ended trials alone; those that
             a study has already are not repeated.
+        text: Digest of the module text that trials run now; those that confirm run the text of what they confirm.
         supervisor: Says which jobs take too long; None lets them all take their time.
         surroundings: Says when to stop and when the disk is full.
     """
@@ -57,6 +58,7 @@ class Driver:
         discovery: dict[str, Any] | None,
         on_preflight: Callable[[dict[str, Any]], None],
         confirm: Callable[[Sequence[Trial]], Sequence[Trial]] = lambda _: (),
+        text: str | None = None,
         watcher: Watcher | None = None,
         supervisor: Supervisor | None = None,
         surroundings: Surroundings | None = None,
@@ -66,7 +68,7 @@ class Driver:
         self._trials, self._seed, self._direction = trials, seed, direction
         self._journal, self._sampler, self._executor, self._judge = journal, sampler, executor, judge
         self._payload, self._on_preflight = payload, on_preflight
-        self._confirm, self._confirming = confirm, False
+        self._confirm, self._confirming, self._text = confirm, False, text
         self._watcher: Watcher = watcher or Silent()
         self._supervisor = supervisor or Supervisor(None, None, executor.cpu_seconds)
         self._discovery = Discovery(executor, self._supervisor, discovery)
@@ -156,6 +158,7 @@ class Driver:
         known = {(trial.confirms, trial.seed) for trial in history}
         self._planned = [trial for trial in self._confirm(history) if (trial.confirms, trial.seed) not in known]
         self._confirming = True
+        self._watcher.planned(len(history) + len(self._planned))
 
     def _fill(self) -> None:
         while self._more() and self._recording.has_room():
@@ -202,7 +205,9 @@ class Driver:
         return Trial(number, params=proposal.params, memo=proposal.memo, seed=seed, history_length=length)
 
     def _start(self, trial: Trial, slot: Slot) -> None:
-        running = dataclasses.replace(trial, state=TrialState.RUNNING, started=self._clock(), slot=slot.index)
+        text = self._text if trial.confirms is None else trial.text
+        now = self._clock()
+        running = dataclasses.replace(trial, state=TrialState.RUNNING, started=now, slot=slot.index, text=text)
         self._recording.durably(lambda: self._journal.begin(running))
         proposal = self._space.proposal(trial.params) if self._space is not None and trial.number else None
         payload = self._payload(running, proposal)

@@ -16,9 +16,10 @@ from search.executors import Executor, Job
 from search.freezing import freeze, predict_file
 from search.journal import Journal
 from search.ledger import Ledger, times
+from search.lock import locked
 from search.problem import Problem
 from search.report import PICTURE, report
-from search.study import Study, StudyConfig, locked
+from search.study import Study, StudyConfig
 from search.trial import Trial, best, searched
 from search.watcher import Silent, Watcher
 

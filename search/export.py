@@ -74,7 +74,7 @@ def export(
     watcher = watcher or Silent()
     with study.journal() as journal:
         chosen = _chosen(study, journal, trial)
-        prepared = journal.get("prepared")
+        prepared = jobs.prepared_for(journal, chosen)
         uri = publishing.uri_of(journal.get("study")) if register is not None else ""
         with _beside(folder) as scratch:
             made = Path(scratch) / "out"
@@ -203,7 +203,8 @@ def _written(
     format: str,
 ) -> dict[str, Any]:
     """Write everything that goes with the model file; the lineage."""
-    prepared, meta = journal.get("prepared"), journal.get("study")
+    prepared, meta = jobs.prepared_for(journal, trial), journal.get("study")
+    problem = Problem(**prepared["problem"])
     out = Path(model["path"]).parent
     if format == "saved_model":  # from the file itself, so that both are one model
         asked = {"problem": prepared["problem"], "path": model["path"], "custom": model["custom"]}
@@ -221,7 +222,7 @@ def _written(
         "seed": trial.seed,
         **(trained or {"epochs": trial.epochs, "best_epoch": trial.best_epoch}),
         "weights": model["size"],
-        "space": {key: meta["space"][key] for key in ("name", "digest")},
+        "space": {"name": problem.name, "digest": problem.digest},
         "data": meta["data"],
         "versions": meta["versions"],
         "custom_objects": model["custom"],
@@ -230,7 +231,7 @@ def _written(
         "exported": datetime.now(UTC).isoformat(timespec="seconds"),
         "format": format,
     }
-    (out / "space.py").write_text(meta["space"]["source"])
+    (out / "space.py").write_text(problem.source)
     _write_json(out / "lineage.json", lineage)
     (out / "MODEL_CARD.md").write_text(card(lineage))
     return lineage

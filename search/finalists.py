@@ -60,6 +60,7 @@ def plan(history: Sequence[Trial], asked: Confirmation, study_seed: int) -> list
             number=-1,
             confirms=trial.number,
             params=trial.params,
+            text=trial.text,
             seed=seed_for(study_seed, trial.number, f"confirm/{round_}"),
         )
         for round_ in range(asked.seeds)

@@ -96,7 +96,7 @@ def build_file(
     Raises:
         RequestError: If the recorded parameters no longer build the recorded model.
     """
-    prepared, space = journal.get("prepared"), journal.space()
+    prepared, space = jobs.prepared_for(journal, trial), journal.space()
     payload = jobs.base_payload(prepared, path.parent) | {
         "seed": trial.seed,
         "proposal": space.proposal(trial.params),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,22 @@ from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot,
 from search.executors.local import LocalExecutor
 from search.journal import Journal
 from search.problem import Problem
+from search.trial import Trial
 from search.watcher import Watcher
 
 DISCOVERY_SECONDS = 20.0
 BEHIND = "MLflow has not caught up yet; `heldout resume` or `evaluate` lets it, and the journal has everything"
 
 
-def start_executor(slots: tuple[Slot, ...], problem: Problem, folder: Path, start_method: str | None) -> LocalExecutor:
-    """The local executor for one space, its template starting in the background."""
+def start_executor(
+    slots: tuple[Slot, ...], problem: Problem, folder: Path, start_method: str | None, hold: Sequence[int] = ()
+) -> LocalExecutor:
+    """The local executor for one space, its template starting in the background.
+
+    Args:
+        folder: Gets the template's log.
+        hold: As of ``LocalExecutor``.
+    """
     executor = LocalExecutor(
         slots,
         start_method=start_method,
@@ -28,6 +37,7 @@ def start_executor(slots: tuple[Slot, ...], problem: Problem, folder: Path, star
         path=[str(Path(problem.path).parent), os.getcwd()],
         log=folder / "template.log",
         template_threads=slots[0].threads,
+        hold=hold,
     )
     executor.start()
     return executor
@@ -99,6 +109,16 @@ def completed(loaded: dict[str, Any], problem: Problem) -> dict[str, Any]:
 
     direction = scoring.direction_for(loaded["objective"], loaded["direction"])
     return {k: v for k, v in loaded.items() if k != "type"} | {"problem": problem.to_json(), "direction": direction}
+
+
+def prepared_for(journal: Journal, trial: Trial) -> dict[str, Any]:
+    """The journal's ``prepared``, with the module text and the preprocessing that this trial ran with.
+
+    They differ between trials only in a study that was resumed with ``--accept-changes``.
+    """
+    prepared: dict[str, Any] = journal.get("prepared")
+    texts: dict[str, dict[str, Any]] = journal.get("texts") or {}
+    return prepared | texts.get(trial.text or journal.get("study")["space"]["digest"], {})
 
 
 def openings(prepared: dict[str, Any]) -> int:

@@ -42,6 +42,15 @@ def search_options(command: Any) -> Any:
         click.option("--seed", type=int, default=0, show_default=True, help="Of proposals and training; moves no row."),
         click.option("--split-seed", type=int, default=0, show_default=True, help="Of the split of rows into tiers."),
         click.option("--epochs", type=int, help="Epochs of a trial at most [the module's]."),
+        click.option("--trial-timeout", type=float, metavar="SECONDS", help="End a training that takes longer."),
+        click.option(
+            "--heartbeat",
+            type=float,
+            metavar="SECONDS",
+            default=600.0,
+            show_default=True,
+            help="End a training that for so long says nothing and uses no CPU time; 0 for never.",
+        ),
         click.option(
             "--confirm",
             type=int,

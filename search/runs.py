@@ -162,6 +162,7 @@ def trial_tags(study: Mapping[str, Any], key: Key, trial: Trial, parent: str) ->
         "heldout.history_length": str(trial.history_length),
         "heldout.baseline": str(key[0] == 0).lower(),
         **_common_tags(study),
+        **({} if trial.text is None else {"heldout.space_digest": trial.text}),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -132,6 +133,23 @@ class Space:
         if len(same) >= _TRACES:
             kept.remove(same[0])
         return Space(tuple(declared), (*kept, trace))
+
+    def succeeded_by(self, other: Space) -> Space:
+        """The space of a changed module: what ``other`` builds, with our parameters still known by their keys.
+
+        So configurations recorded before keep their meaning, and no new one asks for what is gone.
+        """
+        declared = list(self.declared)
+        numbers = dict(self._numbers)
+        for parameter in other.declared:
+            if parameter.identity not in numbers:
+                numbers[parameter.identity] = len(declared)
+                declared.append(Parameter.from_json(parameter.to_json(), {known.key for known in declared}))
+        places = [numbers[parameter.identity] for parameter in other.declared]
+        traces = (
+            dataclasses.replace(trace, asked=tuple(places[number] for number in trace.asked)) for trace in other.traces
+        )
+        return Space(tuple(declared), tuple(traces))
 
     def _is_news(self, trace: Trace) -> bool:
         if not trace.complete:

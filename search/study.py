@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from search.errors import RequestError, StudyError
 from search.finalists import SEEDS, Confirmation, confirmation
 from search.journal import Journal
+from search.lock import driver_of
 from search.space import Space
 from search.trial import Trial, best
 
@@ -41,6 +42,8 @@ class StudyConfig:
         split_seed: Of the split of rows into tiers.
         study: The study's name, or None for the space's name and a number.
         epochs: Overrides the module's number of epochs.
+        trial_timeout: Seconds that a training may take, or None.
+        heartbeat: Seconds without a word and without CPU time after which a training counts as hung; 0 for never.
         confirm: Configurations that are trained again after the search, 0 for none; None for one in ten trials,
             ten at most, while that is no more than a third of all trainings.
         confirm_seeds: Trainings of each of them and of the baseline.
@@ -67,6 +70,8 @@ class StudyConfig:
     split_seed: int = 0
     study: str | None = None
     epochs: int | None = None
+    trial_timeout: float | None = None
+    heartbeat: float = 600.0
     confirm: int | None = None
     confirm_seeds: int = SEEDS
     final: str | None = None
@@ -87,6 +92,10 @@ class StudyConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise RequestError(f"{_flag(name)} must be a whole number of at least 0, but got {value!r}")
+        if self.trial_timeout is not None and not self.trial_timeout > 0:
+            raise RequestError(f"--trial-timeout must be seconds above 0, but got {self.trial_timeout!r}")
+        if not self.heartbeat >= 0:
+            raise RequestError(f"--heartbeat must be seconds, 0 for never, but got {self.heartbeat!r}")
         for name, allowed in (
             ("evaluate", ("auto", "yes", "no")),
             ("start_method", (None, "fork", "spawn")),
@@ -183,44 +192,6 @@ def release(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the study for one driver; the lock dies with its process.
-
-    Raises:
-        StudyError: If another process drives the study.
-    """
-    import fcntl
-
-    with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise StudyError(
-                f"study {folder.name!r} is being driven already, by {file.read().strip() or 'another process'}"
-            ) from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        yield
-
-
-def is_driven(folder: Path) -> bool:
-    """Whether a living process drives the study; leaves the lock file's text alone."""
-    import fcntl
-
-    try:
-        with (folder / "lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
-
-
 def names(workspace: str | os.PathLike[str] | None = None) -> list[str]:
     """Names of the workspace's studies, the newest last; for the workspace see ``workspace_folder``."""
     found = [path.parent for path in (workspace_folder(workspace) / "studies").glob("*/journal.sqlite")]
@@ -291,7 +262,7 @@ class Study:
     def state(self) -> str:
         """``RUNNING``, ``COMPLETE``, ``FAILED``, or ``STOPPED`` (which includes a driver that died)."""
         state = str(self.meta("state", "RUNNING"))
-        return "STOPPED" if state == "RUNNING" and not is_driven(self.folder) else state
+        return "STOPPED" if state == "RUNNING" and driver_of(self.folder) is None else state
 
     @property
     def objective(self) -> str:

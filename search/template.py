@@ -4,7 +4,7 @@ The template imports Keras once and executes nothing else: what runs in it (an o
 pipeline) would leave threads and locks that a forked trial hangs on. It speaks JSON with the driver over one
 socket; every trial speaks to the driver on a socket of its own, which the template passes on and never reads.
 
-    driver -> template   {"setup": method, "required": [..], "preload": [..]}                  once
+    driver -> template   {"setup": method, "required": [..], "preload": [..], "hold": [..]}    once
                          {"run": id, "log": path | null, "env": {..}} + descriptor    {"kill": id}
     template -> driver   {"ready": method}   {"warned": text}   {"fatal": text}
                          {"forked": id, "pid"}   {"refused": id, "error"}
@@ -163,6 +163,7 @@ class Template:
     def __init__(self, control: Link) -> None:
         self._control = control
         self._method = "fork"
+        self._hold: tuple[int, ...] = ()  # descriptors that trials inherit from us
         self._running: dict[str, _Running] = {}
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
@@ -175,6 +176,7 @@ class Template:
         if setup is None:
             return 0
         try:
+            self._hold = tuple(setup["hold"])
             self._prepare(setup["setup"], setup["required"], setup["preload"])
         except _Unusable as error:
             self._tell({"fatal": str(error)})
@@ -313,7 +315,7 @@ class Template:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            pass_fds=(fd,),
+            pass_fds=(fd, *self._hold),
             start_new_session=True,
             env={**os.environ, **env},
         )

@@ -72,6 +72,8 @@ class Trial:
         memo: JSON that the sampler wants back in the history.
         confirms: Number of the search trial whose configuration it trains again with a fresh seed;
             None for a trial of the search itself.
+        text: Digest of the module text that it runs; None in records of older versions, for the one that the study
+            was launched with.
         score: The scorer's value on validation rows, in the objective's own units.
         loss: ``score`` turned so that lower is better; None unless the trial is complete.
         epochs: Epochs finished; best_epoch: the one whose weights were kept (from 1).
@@ -88,6 +90,7 @@ class Trial:
     history_length: int = 0
     memo: Any = None
     confirms: int | None = None
+    text: str | None = None
     score: float | None = None
     loss: float | None = None
     reason: str | None = None

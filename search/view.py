@@ -63,6 +63,10 @@ class View:
             self._console.print(self._line(trial), markup=False, highlight=False, soft_wrap=True)
         self._draw(force=True)
 
+    def planned(self, trainings: int) -> None:
+        """How many trainings there will be in all is known now."""
+        self._planned = trainings
+
     def say(self, text: str) -> None:
         """Something that people should know."""
         self._notes.append(text)

@@ -1,24 +1,30 @@
-"""Wires a study together: executor, journal, tracker, driver, evaluation."""
+"""Launching a study: executor, journal, tracker, driver and evaluation, wired together."""
 
 from __future__ import annotations
 
 import getpass
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from search import devices, finalists, jobs, publishing
 from search.driver import Driver
-from search.errors import ExecutorError, RequestError, StudyError, TrialFailed
+from search.errors import ExecutorError, RequestError, StudyStopped, TrialFailed
 from search.executors.local import LocalExecutor, start_method
 from search.journal import Journal
+from search.lock import locked
 from search.problem import Problem, find
 from search.samplers import get_sampler
-from search.study import Study, StudyConfig, locked, make_workspace, release, reserve, workspace_folder
+from search.stopping import Stopping
+from search.study import Study, StudyConfig, make_workspace, release, reserve, workspace_folder
+from search.supervision import Supervisor
+from search.surroundings import Calm
 from search.trial import Trial, searched
 from search.watcher import Silent, Watcher
+
+_STOP_SECONDS = 5.0
 
 
 def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Study:
@@ -49,7 +55,11 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     folder = reserve(workspace, config.study, problem.name)
     began = False
     try:
-        with locked(folder), jobs.start_executor(slots, problem, folder, config.start_method) as executor:
+        with (
+            locked(folder) as hold,
+            Stopping(folder) as stopping,
+            jobs.start_executor(slots, problem, folder, config.start_method, (hold,)) as executor,
+        ):
             watcher.say("loading the rows and building the default model")
             Ledger().ready()  # before anything is paid for that could not be recorded
             journal = Journal.create(folder / "journal.sqlite", {})
@@ -80,7 +90,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
                         journal.put("state", "RUNNING")
                         began = True
 
-                    _drive(folder, journal, executor, watcher, tracker, discovery, begin)
+                    drive(folder, journal, executor, watcher, tracker, stopping, discovery, begin)
             finally:
                 journal.close()
     except BaseException as error:
@@ -88,44 +98,10 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
             release(folder)
         if isinstance(error, ExecutorError) and not began:
             raise RequestError(str(error)) from None
+        if isinstance(error, StudyStopped) and not began:
+            raise StudyStopped("stopped before the study began; nothing of it is kept") from None
         raise
     return Study.at(folder)
-
-
-def resume(study: str, *, workspace: str | None = None, watcher: Watcher | None = None) -> Study:
-    """Continue a study that was stopped: same plan, same space, trials in flight run again.
-
-    Raises:
-        StudyError: If there is no such study, it is being driven, or it is complete.
-        StudyFailed: As for ``launch``.
-    """
-    found = Study(study, workspace)
-    watcher = watcher or Silent()
-    meta = found.meta("study")
-    if meta is None or found.meta("state") is None:
-        raise StudyError(
-            f"study {found.name!r} never began, so there is nothing to resume; remove {found.folder} and "
-            "launch it again"
-        )
-    if found.state == "COMPLETE":
-        raise StudyError(f"study {found.name!r} is complete; see it with `heldout report {found.name}`")
-    config = StudyConfig(**meta["config"])
-    problem = Problem(**found.meta("prepared")["problem"])
-    slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
-    uri = publishing.uri_of(meta)
-    publishing.check_uri(uri)
-    with locked(found.folder), jobs.start_executor(slots, problem, found.folder, config.start_method) as executor:
-        journal = Journal.open(found.folder / "journal.sqlite")
-        try:
-            journal.put("state", "RUNNING")
-            discovery = None
-            if not any(event.kind == "space" for event in journal.events()):
-                discovery = {"problem": problem.to_json(), "seconds": jobs.DISCOVERY_SECONDS}
-            with publishing.start(found.folder, uri) as tracker:
-                _drive(found.folder, journal, executor, watcher, tracker, discovery, lambda _: None)
-        finally:
-            journal.close()
-    return Study(found.name, found.workspace)
 
 
 def _user() -> str | None:
@@ -155,15 +131,22 @@ def _study_meta(
     }
 
 
-def _drive(
+def drive(
     folder: Path,
     journal: Journal,
     executor: LocalExecutor,
     watcher: Watcher,
     tracker: publishing.Tracker,
+    stopping: Stopping,
     discovery: dict[str, Any] | None,
-    on_preflight: Any,
+    on_preflight: Callable[[dict[str, Any]], None],
 ) -> None:
+    """Search, confirm and evaluate as the journal's record of the study says, to the end or until it is stopped.
+
+    Raises:
+        StudyStopped: If it was stopped at once; asked to let running trials end first, it returns.
+        StudyFailed: If it could not go on.
+    """
     from search.judge import RowJudge
 
     meta, prepared = journal.get("study"), journal.get("prepared")
@@ -180,7 +163,7 @@ def _drive(
     def payload(trial: Trial, proposal: dict[str, Any] | None) -> dict[str, Any]:
         place = folder / "trials" / f"{trial.number:04d}"
         place.mkdir(parents=True, exist_ok=True)
-        return jobs.base_payload(prepared, place) | {
+        return jobs.base_payload(jobs.prepared_for(journal, trial), place) | {
             "epochs": config.epochs,
             "seed": trial.seed,
             "proposal": proposal,
@@ -215,9 +198,17 @@ def _drive(
             discovery=discovery,
             on_preflight=on_preflight,
             confirm=confirm,
+            text=Problem(**prepared["problem"]).digest,
             watcher=watcher,
+            supervisor=Supervisor(config.trial_timeout, config.heartbeat or None, executor.cpu_seconds),
+            surroundings=_House(stopping),
         )
-        journal.put("ended", driver.run())
+        with stopping.gracefully():
+            ended = driver.run()
+        journal.put("ended", ended)
+        if ended == "stopped":
+            state = "STOPPED"
+            return
         from search import evaluation  # its statistics take a while to import, and nothing before it needs them
 
         try:
@@ -228,11 +219,24 @@ def _drive(
                 journal.put("evaluation", {"opened": False, "why": str(error), "openings": None})
             watcher.say(str(error))
         state = "COMPLETE"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StudyStopped):
         state = "STOPPED"
-        raise
+        raise StudyStopped(f"study {folder.name!r} was stopped; `heldout resume {folder.name}` goes on") from None
     finally:
         if journal.get("state") is not None:
             journal.put("state", state)
-            if not tracker.finish():
+            # Who stopped it waits at the terminal; what MLflow lacks then, it gets on resume.
+            patience = {"timeout": _STOP_SECONDS} if state == "STOPPED" else {}
+            if not tracker.finish(**patience):
                 watcher.say(jobs.BEHIND)
+
+
+class _House(Calm):
+    """The surroundings of a study in a workspace."""
+
+    def __init__(self, stopping: Stopping) -> None:
+        self._stopping = stopping
+
+    def stop(self) -> str | None:
+        """As it was asked by a signal or from another terminal."""
+        return self._stopping.asked()

@@ -17,7 +17,7 @@ MOST_LINES = 420
 # needs a place here, which is the moment to think about what it may know.
 LAYERS = (
     {"errors"},
-    {"trial", "channel", "problem", "rows", "metrics", "chain", "journal_file"},
+    {"trial", "channel", "problem", "rows", "metrics", "chain", "journal_file", "lock"},
     {"domain", "traces", "split", "ranks", "intervals", "ledger", "template", "publishing", "watcher", "finalists"},
     {"usage", "retries", "surroundings", "supervision"},
     {"space", "store", "leakage"},
@@ -31,13 +31,14 @@ LAYERS = (
     {"custom_metric", "preflight", "study", "devices", "places", "discovery", "recording"},
     {"attempt"},
     {"driver"},
-    {"judge", "worker"},
+    {"judge", "worker", "stopping"},
     {"jobs", "belief", "picture"},
     {"report"},
     {"final", "winner"},
     {"freezing"},
     {"evaluation"},
     {"wiring", "rehearsal"},
+    {"resuming"},
     {"export"},
     {"view", "ui", "options"},
     {"", "cli"},  # "" is search/__init__.py, the documented functions
@@ -58,6 +59,7 @@ STDLIB_ONLY = {
     *("errors", "trial", "space", "domain", "traces", "history", "journal", "journal_file", "driver"),
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
     *("usage", "retries", "surroundings", "supervision", "recording", "places", "discovery", "attempt"),
+    *("lock", "stopping"),
 }
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.

@@ -70,6 +70,7 @@ class LocalExecutor:
         log: File that the template's own output is appended to.
         template_threads: Threads of the numerical libraries that the template loads, for its trials too.
         required: Modules without which no trial can run.
+        hold: Descriptors that every process inherits, such as a lock that is held until the last of them has ended.
     """
 
     def __init__(
@@ -84,11 +85,13 @@ class LocalExecutor:
         entry: str = "search.worker:main",
         template_threads: int = 1,
         required: Sequence[str] = REQUIRED,
+        hold: Sequence[int] = (),
     ) -> None:
         self._slots = tuple(slots)
         self._method = _start_method(start_method)
         self._preload = tuple(preload)
         self._required = tuple(required)
+        self._hold = tuple(hold)
         self._path = list(path)
         self._entry = entry
         self._log = log
@@ -220,13 +223,14 @@ class LocalExecutor:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), *self._hold),
                 start_new_session=True,
                 env=self._environment,
             )
         self._ready = False
         self._control = Link(ours)
-        self._control.queue({"setup": self._method, "required": self._required, "preload": self._preload})
+        setup = {"setup": self._method, "required": self._required, "preload": self._preload, "hold": self._hold}
+        self._control.queue(setup)
 
     def _pump(self, timeout: float) -> None:
         """Wait for news once and take them in."""

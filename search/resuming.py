@@ -1,0 +1,217 @@
+"""Resuming a study: the same plan or a longer one, and the same module, or a changed one that was agreed to."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from search import devices, jobs, publishing
+from search.errors import DataError, RequestError, StudyError, TrackingError
+from search.executors import NO_GPU, Executor, Job
+from search.journal import Journal
+from search.ledger import times
+from search.lock import locked
+from search.problem import Problem, find
+from search.space import Space
+from search.stopping import Stopping
+from search.study import Study, StudyConfig
+from search.trial import searched
+from search.watcher import Silent, Watcher
+from search.wiring import drive
+
+_MOST_LINES = 40  # of a difference that is shown
+
+
+def resume(
+    study: str,
+    *,
+    trials: str | int | None = None,
+    evaluate: str | None = None,
+    accept_changes: bool = False,
+    workspace: str | None = None,
+    watcher: Watcher | None = None,
+) -> Study:
+    """Continue a study where it stopped, or extend it; trials that were in flight run again as they were.
+
+    Args:
+        trials: A new number of trials in all, or ``"+40"`` for so many more; None keeps the plan.
+        evaluate: A new word on the test rows, as in ``StudyConfig``; None keeps the recorded one.
+        accept_changes: Go on with the space module as it is now, if it was changed.
+
+    Raises:
+        StudyError: If there is no such study, it is being driven, it is complete, or its module has changed.
+        StudyFailed: As for ``launch``.
+    """
+    found = Study(study, workspace)
+    watcher = watcher or Silent()
+    meta = found.meta("study")
+    if meta is None or found.meta("state") is None:
+        raise StudyError(
+            f"study {found.name!r} never began, so there is nothing to resume; remove {found.folder} and "
+            "launch it again"
+        )
+    asked = StudyConfig(**meta["config"] | ({} if evaluate is None else {"evaluate": evaluate}))
+    recorded = Problem(**found.meta("prepared")["problem"])
+    problem = _current(recorded, accept_changes, found.name, watcher)
+    slots = devices.slots(asked.workers, asked.gpus, asked.trials_per_gpu, asked.gpus_per_trial)
+    uri = publishing.uri_of(meta)
+    try:
+        publishing.check_uri(uri)
+    except TrackingError as error:  # trials are worth more than their copies, which can follow later
+        watcher.say(f"{error}; going on without it, and what it misses follows when it is back")
+    with locked(found.folder) as hold, Journal.open(found.folder / "journal.sqlite") as journal:
+        plan = _plan(found.name, journal, asked, trials)
+        if found.meta("state") == "COMPLETE" and plan.trials == asked.trials:
+            raise StudyError(
+                f"study {found.name!r} is complete; see it with `heldout report {found.name}`, or extend it with "
+                f"`heldout resume {found.name} --trials +N`"
+            )
+        with (
+            Stopping(found.folder) as stopping,
+            jobs.start_executor(slots, problem, found.folder, plan.start_method, (hold,)) as executor,
+        ):
+            if problem.digest != recorded.digest:
+                _adopt(journal, executor, found, recorded, problem, plan, watcher)
+            with journal.one_commit():
+                journal.put("study", meta | {"config": plan.to_json() | {"tracking_uri": None}})
+                journal.put("state", "RUNNING")
+            _say_what_is_left(journal, plan, watcher)
+            discovery = None
+            if not any(event.kind == "space" for event in journal.events()):
+                discovery = {"problem": problem.to_json(), "seconds": jobs.DISCOVERY_SECONDS}
+            with publishing.start(found.folder, uri) as tracker:
+                drive(found.folder, journal, executor, watcher, tracker, stopping, discovery, lambda _: None)
+    return Study(found.name, found.workspace)
+
+
+def extended(config: StudyConfig, trials: str | int | None) -> StudyConfig:
+    """The configuration with so many trials in all, or with ``"+N"`` more; as it is for None.
+
+    Raises:
+        RequestError: If that is no number.
+    """
+    if trials is None:
+        return config
+    given = re.fullmatch(r"(\+?)([1-9]\d*)", str(trials).strip())
+    if given is None:
+        raise RequestError(f"--trials must be a number of trials in all, or +N for N more, but got {trials!r}")
+    wanted = int(given[2]) + (config.trials if given[1] else 0)
+    return StudyConfig(**config.to_json() | {"trials": wanted})
+
+
+def _plan(name: str, journal: Journal, config: StudyConfig, trials: str | int | None) -> StudyConfig:
+    """The configuration with the new number of trials.
+
+    Raises:
+        RequestError: As ``extended``, or if they are fewer than the study has.
+    """
+    plan, has = extended(config, trials), len(searched(journal.history()))
+    if trials is not None and plan.trials < has:
+        raise RequestError(
+            f"--trials must be at least {has}, the trials that study {name!r} has, but got {plan.trials}"
+        )
+    return plan
+
+
+def _say_what_is_left(journal: Journal, plan: StudyConfig, watcher: Watcher) -> None:
+    history = journal.history()
+    again = [trial.number for trial in history if not trial.state.is_finished]
+    more = plan.trials - len(searched(history))
+    parts = [f"trial{'s' if len(again) > 1 else ''} {', '.join(map(str, again))} run again"] if again else []
+    parts += [f"{more} of {plan.trials} trials are still to come"] if more > 0 else []
+    if parts:
+        watcher.say(f"resuming: {'; '.join(parts)}")
+    evaluation = journal.get("evaluation") or {}
+    if more > 0 and evaluation.get("opened"):
+        opened = int(evaluation["opening"])
+        then = (
+            "its new winner will be tested as the next opening"
+            if plan.evaluate == "yes"
+            else "they stay sealed to the extended study until `heldout evaluate` opens them once more"
+        )
+        watcher.say(
+            f"this study has opened its test rows ({times(opened)} so far, any study counted): an extension after that "
+            f"costs another opening, with a wider interval; {then}"
+        )
+
+
+# ── a changed module ─────────────────────────────────────────────────────────────────────────────
+
+
+def _current(recorded: Problem, accept: bool, name: str, watcher: Watcher) -> Problem:
+    """The module to go on with: as recorded, unless it was changed and the change is accepted.
+
+    Raises:
+        StudyError: If it was changed and that is not accepted; shows the difference.
+    """
+    if not Path(recorded.path).is_file():
+        watcher.say(f"there is no {recorded.path} any more: going on with the text that the study has recorded")
+        return recorded
+    try:
+        now = find(recorded.path)
+    except RequestError as error:
+        raise StudyError(f"the space module must be as it was or valid, but {error}; mend it, or restore it") from None
+    if _meaning(now) == _meaning(recorded):  # a comment is no change
+        return recorded
+    if accept:
+        return now
+    lines = difflib.unified_diff(
+        recorded.source.splitlines(), now.source.splitlines(), "as the study has it", "as it is now", n=1, lineterm=""
+    )
+    shown = list(lines)
+    cut = [f"… and {len(shown) - _MOST_LINES} lines more"] if len(shown) > _MOST_LINES else []
+    raise StudyError(
+        f"the space module of study {name!r} must be unchanged, but {recorded.path} differs; restore it, launch a new "
+        "study, or go on with the changed one by --accept-changes:\n" + "\n".join([*shown[:_MOST_LINES], *cut])
+    )
+
+
+def _meaning(problem: Problem) -> str:
+    return ast.dump(ast.parse(problem.source))
+
+
+def _adopt(
+    journal: Journal,
+    executor: Executor,
+    study: Study,
+    recorded: Problem,
+    problem: Problem,
+    plan: StudyConfig,
+    watcher: Watcher,
+) -> None:
+    """Make a changed module the study's, after trying it: rows as they were, a space, a model that trains.
+
+    Trials that have ended keep the text that they ran, for exports and refits of their models.
+
+    Raises:
+        RequestError: If the module does not work, or its rows, objective or direction are not the study's.
+    """
+    watcher.say("the space module has changed: loading its rows and building its default model")
+    old: dict[str, Any] = journal.get("prepared")
+    place = study.folder / "texts" / problem.digest[:12]
+    place.mkdir(parents=True, exist_ok=True)
+    new = jobs.prepare(executor, problem, study.workspace, place, plan.split_seed, watcher)
+    for what, then, now in (
+        ("rows", old["manifest"]["digest"], new["manifest"]["digest"]),
+        ("objective", old["objective"], new["objective"]),
+        ("direction", old["direction"], new["direction"]),
+    ):
+        if then != now:
+            raise DataError(
+                f"a study keeps its {what}, but the changed module has other {what} ({now[:40]} in place of "
+                f"{then[:40]}); launch a new study for it"
+            )
+    asked = {"problem": problem.to_json(), "seconds": jobs.DISCOVERY_SECONDS}
+    found = jobs.call(executor, Job("discover", "discover", asked, env=NO_GPU), watcher)
+    payload = jobs.base_payload(new, place) | {"epochs": 1, "seed": plan.seed, "default": True}
+    jobs.call(executor, Job("check", "check", payload), watcher, slot=executor.slots[0])
+    kept = ("problem", "preprocess")
+    texts = journal.get("texts") or {journal.get("study")["space"]["digest"]: {key: old[key] for key in kept}}
+    texts |= {recorded.digest: {key: old[key] for key in kept}, problem.digest: {key: new[key] for key in kept}}
+    with journal.one_commit():
+        journal.adopt(journal.space().succeeded_by(Space.from_json(found["space"])))
+        journal.put("texts", texts)
+        journal.put("prepared", new)
