@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,10 +30,8 @@ def report(study: Study) -> dict[str, Any]:
         preflight = journal.get("preflight")
         ended = journal.get("ended")
     count = {state: sum(t.state is state for t in searched(trials)) for state in TrialState}
-    failures: dict[str, int] = {}
-    for trial in trials:
-        if trial.state is TrialState.FAILED and trial.reason:
-            failures[trial.reason] = failures.get(trial.reason, 0) + 1
+    failures = Counter(trial.reason for trial in trials if trial.state is TrialState.FAILED)
+    retries: Counter[str] = sum((Counter(trial.retries) for trial in trials), Counter())
     tracking = publishing.read(study.folder)
     picture = study.folder / PICTURE
     found = {
@@ -48,7 +47,8 @@ def report(study: Study) -> dict[str, Any]:
             "pruned": count[TrialState.PRUNED],
             "failed": count[TrialState.FAILED],
         },
-        "failures": failures,
+        "failures": dict(failures),
+        "retries": dict(retries),
         "best": _described(best(trials)),
         "winner": _chosen(trials, selection.get("winner")),
         "baseline": _chosen(trials, selection.get("baseline"))
@@ -118,7 +118,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     head = f"study {name}: {counts['complete']} trials complete, {counts['pruned']} pruned, {counts['failed']} failed"
     out = [f"{head}, in {found['seconds']:.0f} s ({str(found['state']).lower()})"]
     if found["failures"]:
-        out.append("failures: " + ", ".join(f"{count} {reason}" for reason, count in found["failures"].items()))
+        out.append("failures: " + _counted(found["failures"]))
+    if found["retries"]:
+        out.append("attempts that failed and were followed by another: " + _counted(found["retries"]))
     if found["best"] is None:
         return [*out, "no trial has completed yet"]
     shipped = found["winner"] or found["best"]
@@ -138,6 +140,10 @@ def lines(found: dict[str, Any]) -> list[str]:
         out.append(f"picture: {found['picture']}")
     out += [f"verdict: {name} ({verdicts.MEANING[name]})" for name in found["verdicts"]]
     return [*out, *textwrap.wrap(found["believe"], _WIDTH)]
+
+
+def _counted(kinds: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in kinds.items())
 
 
 def _confirmed(found: dict[str, Any], objective: str) -> list[str]:
