@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from search.errors import TrialFailed
 from search.executors import Exited, Slot
-from search.places import Alone
 from search.retries import counted
+from search.slots import Alone
 from search.trial import Report, Trial, TrialState
 
 

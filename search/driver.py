@@ -12,10 +12,10 @@ from search.discovery import Discovery
 from search.errors import SpaceError, StudyFailed, StudyStopped, TrialFailed, request_error
 from search.executors import Executor, Exited, Job, Lost, Message, Slot, Warned
 from search.journal import Journal
-from search.places import Places
 from search.recording import Recording
 from search.retries import may_retry
 from search.samplers import Sampler, proposal_for
+from search.slots import Slots
 from search.space import Space
 from search.supervision import Supervisor
 from search.surroundings import NOW, Calm, Surroundings
@@ -76,7 +76,7 @@ class Driver:
         self._clock, self._sleep = clock, sleep
         self._recording = Recording(journal, self._surroundings, self._watcher, self._wait, clock)
         self._space: Space | None = None if discovery is not None else journal.space()
-        self._places = Places(executor.slots)
+        self._seats = Slots(executor.slots)
         self._running: dict[str, Attempt] = {}
         self._requeued: list[Trial] = []
         self._on_host: dict[int, bool] = {}  # of trials that ran out of memory: the machine's, or a GPU's
@@ -167,12 +167,12 @@ class Driver:
             number = self._requeued[0].number if self._requeued else len(self._journal.history())
             if number and (self._space is None or not self._checked):
                 return  # only the baseline may run before preflight and discovery have spoken
-            slot = self._places.take(alone(self._requeued[0], self._on_host.get(number)) if self._requeued else None)
+            slot = self._seats.take(alone(self._requeued[0], self._on_host.get(number)) if self._requeued else None)
             if slot is None:
                 return
             trial = self._next(number)
             if trial is None:
-                self._places.give_back(slot)
+                self._seats.give_back(slot)
                 return
             self._start(trial, slot)
 
@@ -391,7 +391,7 @@ class Driver:
     def _leave(self, attempt: Attempt) -> None:
         """Its slot is free again."""
         del self._running[attempt.job]
-        self._places.give_back(attempt.slot)
+        self._seats.give_back(attempt.slot)
 
     def _grow(self, attempt: Attempt) -> dict[str, Any]:
         """Record what the trial asked for; its parameters are exactly that."""

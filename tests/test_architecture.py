@@ -28,7 +28,7 @@ LAYERS = (
     {"journal", "runs", "statistics"},
     {"publisher", "verdicts", "candidates"},
     {"samplers", "executors", "tracking", "registry", "training", "selection"},
-    {"custom_metric", "preflight", "study", "devices", "places", "discovery", "recording"},
+    {"custom_metric", "preflight", "study", "devices", "slots", "discovery", "recording"},
     {"attempt"},
     {"driver"},
     {"judge", "worker", "stopping"},
@@ -58,7 +58,7 @@ UPWARD_WHEN_CALLED = {
 STDLIB_ONLY = {
     *("errors", "trial", "space", "domain", "traces", "history", "journal", "journal_file", "driver"),
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
-    *("usage", "retries", "surroundings", "supervision", "recording", "places", "discovery", "attempt"),
+    *("usage", "retries", "surroundings", "supervision", "recording", "slots", "discovery", "attempt"),
     *("lock", "stopping"),
 }
 

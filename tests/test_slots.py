@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search.executors import MEMORY_FRACTION, Slot
-from search.places import Alone, Places
+from search.slots import Alone, Slots
 
 CPUS = [Slot(n, 1) for n in range(3)]
 # Two GPUs, each shared by two trials.
@@ -17,14 +17,14 @@ SHARED = [
 
 
 def test_slots_are_given_in_order_until_none_is_left() -> None:
-    places = Places(CPUS)
+    places = Slots(CPUS)
     assert [slot.index for slot in iter(places.take, None)] == [0, 1, 2]
     places.give_back(CPUS[1])
     assert places.take() == CPUS[1]
 
 
 def test_a_trial_that_must_be_alone_waits_until_its_neighbours_have_ended() -> None:
-    places = Places(CPUS)
+    places = Slots(CPUS)
     first, second = places.take(), places.take()
     assert first is not None and second is not None
     assert places.take(Alone.MACHINE) is None
@@ -40,7 +40,7 @@ def test_a_trial_that_must_be_alone_waits_until_its_neighbours_have_ended() -> N
 
 
 def test_alone_on_its_gpu_leaves_the_other_gpu_to_others_and_gets_all_of_its_memory() -> None:
-    places = Places(SHARED)
+    places = Slots(SHARED)
     taken = [places.take() for _ in range(4)]
     assert places.take(Alone.DEVICE) is None
     for slot in taken[:2]:  # one trial on each GPU ends
@@ -59,7 +59,7 @@ def test_alone_on_its_gpu_leaves_the_other_gpu_to_others_and_gets_all_of_its_mem
 
 @given(st.data(), st.sampled_from([CPUS, SHARED, SHARED[:1]]))
 def test_no_slot_is_given_twice_and_nothing_runs_beside_a_lone_trial(data: st.DataObject, slots: list[Slot]) -> None:
-    places = Places(slots)
+    places = Slots(slots)
     running: dict[int, Alone | None] = {}
     wanted: Alone | None = None  # the first in the queue keeps its wish until it is served
     for _ in range(data.draw(st.integers(1, 30))):

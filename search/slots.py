@@ -15,7 +15,7 @@ class Alone(enum.Enum):
     MACHINE = "machine"
 
 
-class Places:
+class Slots:
     """The slots of an executor, given out and taken back.
 
     A trial that ran out of memory runs again with nothing beside it. While it waits for its neighbours to end,
