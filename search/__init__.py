@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from search.data import Dataset
     from search.errors import (
+        DamagedError,
         DataError,
         ExecutorError,
         HeldoutError,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from search.evaluation import evaluate
     from search.ledger import Ledger
     from search.rehearsal import check, try_params
+    from search.repairing import repair
     from search.resuming import resume
     from search.stopping import stop
     from search.study import Study
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 # Loaded when first used: `heldout --help` and a space module need none of the rest.
 _HOME = {
     "Dataset": "data",
+    "DamagedError": "errors",
     "DataError": "errors",
     "ExecutorError": "errors",
     "HeldoutError": "errors",
@@ -43,14 +46,16 @@ _HOME = {
     "check": "rehearsal",
     "evaluate": "evaluation",
     "launch": "wiring",
+    "repair": "repairing",
     "resume": "resuming",
-    "stop": "stopping",
     "serve": "ui",
+    "stop": "stopping",
     "studies": "study",
     "try_params": "rehearsal",
 }
 
 __all__ = [
+    "DamagedError",
     "DataError",
     "Dataset",
     "ExecutorError",
@@ -65,6 +70,7 @@ __all__ = [
     "check",
     "evaluate",
     "launch",
+    "repair",
     "resume",
     "serve",
     "stop",

@@ -183,11 +183,18 @@ def status(study: str | None, workspace: str | None, as_json: bool) -> None:
 
     folder = workspace_folder(workspace)
     wanted = [study] if study is not None else names(folder)
-    found = [Study(name, workspace).status() for name in wanted]
+    found = []
+    for name in wanted:
+        try:
+            found.append(Study(name, workspace).status())
+        except RequestError as error:
+            if study is not None:
+                raise
+            found.append({"study": name, "state": "UNREADABLE", "error": str(error)})  # and the others are shown
     if as_json:
         return _print_json(found[0] if study is not None else found)
     for one in found:
-        click.echo(status_line(one))
+        click.echo(f"{one['study']}: {one['error']}" if "error" in one else status_line(one))
     if not found:
         click.echo(f"no studies in {folder}; start one with `heldout launch SPACE`")
 
@@ -284,6 +291,25 @@ def evaluate(study: str, final: str | None, workspace: str | None, as_json: bool
     with _watching(None, as_json) as watcher:
         run(found, final=final, watcher=watcher)
     _finished(found, as_json)
+
+
+@main.command()
+@click.argument("study")
+@options.workspace
+@options.as_json
+def repair(study: str, workspace: str | None, as_json: bool) -> None:
+    """Bring back what a damaged STUDY still has.
+
+    Its journal is made whole again from all that can be read; damaged files are kept beside it.
+    """
+    from search.repairing import lines
+    from search.repairing import repair as run
+
+    found = run(study, workspace=workspace)
+    if as_json:
+        return _print_json(found)
+    for line in lines(found):
+        click.echo(line)
 
 
 @main.command()

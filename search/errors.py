@@ -5,6 +5,7 @@
     │   ├── SpaceError        the space module breaks its contract
     │   ├── DataError         the rows cannot be used as they are
     │   ├── StudyError        the study's name: taken, unknown, or not a name
+    │   ├── DamagedError      the study's journal is torn, changed or gone; `heldout repair` brings back what there is
     │   └── TrackingError     the tracking server cannot be used
     ├── StudyFailed           the study started and could not go on (exit 1)
     │   ├── ExecutorError     the processes that run trials could not be had or were lost
@@ -36,6 +37,10 @@ class DataError(RequestError):
 
 class StudyError(RequestError):
     """A study's name is taken, unknown, or not usable as a name."""
+
+
+class DamagedError(RequestError):
+    """A study's journal does not hold what was recorded; `heldout repair STUDY` brings back what its files have."""
 
 
 class TrackingError(RequestError):

@@ -12,7 +12,8 @@ Two streams and two side tables::
 One process writes (the study's lock sees to that), any number read, while it writes. State is
 checked before a row is written, by the same function that replays the rows, so a journal opened again
 is what the writer held in memory. An object belongs to the thread that made it. Tables and settings of
-the file are in ``journal_file``.
+the file are in ``journal_file``. All but the reports goes to a second record as well, which
+``journal_copy`` owns: by it a loss is noticed on opening.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from search import journal_file
+from search import journal_copy, journal_file
 from search.errors import DiskFull, StudyFailed
 from search.history import Event, History
 from search.journal_file import dumps
@@ -41,6 +42,8 @@ class Journal:
         self.path = path
         self.read_only = read_only
         self._connection = connection
+        self._copy: journal_copy.Copy | None = None
+        self._records: list[tuple[str, journal_copy.Row]] = []  # of the commit that is being made
         self._clock = clock
         self._now = History()
         self._then = History()  # follows questions about the past, which tend to come in order
@@ -53,7 +56,9 @@ class Journal:
         Raises:
             RequestError: If there is a file already, or none can be written there.
         """
-        journal_file.make(path, {key: dumps(value) for key, value in meta.items()}, clock())
+        at = clock()
+        rows = [(key, dumps(value), at, number) for number, (key, value) in enumerate(meta.items(), 1)]
+        journal_file.make(path, {"meta": rows})
         return cls.open(path, clock=clock)
 
     @classmethod
@@ -61,11 +66,14 @@ class Journal:
         """An existing journal; read-only opens work while another process writes.
 
         Raises:
-            RequestError: If there is no journal, it is damaged, or a newer version wrote it.
+            RequestError: If there is no journal, it cannot be opened, or a newer version wrote it.
+            DamagedError: If it is torn or changed, or lacks what was recorded.
         """
         journal = cls(path, journal_file.connect(path, read_only), read_only, clock)
         try:
             journal._refresh()
+            if not read_only:
+                journal._copy = journal_copy.Copy(path, journal._connection, journal_file.SCHEMA_VERSION)
         except BaseException:
             journal.close()
             raise
@@ -74,6 +82,8 @@ class Journal:
     def close(self) -> None:
         """Gives the file back; closing twice does nothing."""
         self._connection.close()
+        if self._copy is not None:
+            self._copy.close()
 
     def __enter__(self) -> Self:
         return self
@@ -88,7 +98,7 @@ class Journal:
     def get(self, key: str, default: Any = None) -> Any:
         """The JSON value put under this key last."""
         row = self._rows("SELECT value FROM meta WHERE key = ?", (key,))
-        return json.loads(row[0][0]) if row else default
+        return self._loaded(row[0][0]) if row else default
 
     def put_at(self, key: str) -> float | None:
         """When the key's value was put, in seconds since the Unix epoch."""
@@ -97,9 +107,10 @@ class Journal:
 
     def put(self, key: str, value: Any) -> None:
         """Stores a JSON value under a key, in place of any other; committed on return."""
-        row = (key, dumps(value), self._clock())
+        text = dumps(value)
         with self.one_commit():
-            self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", row)
+            last = self._connection.execute("SELECT max(put) FROM meta").fetchone()[0] or 0
+            self._write("INSERT OR REPLACE INTO", "meta", (key, text, self._clock(), last + 1))
 
     # ---- writing
 
@@ -124,7 +135,9 @@ class Journal:
             self._connection.execute("BEGIN IMMEDIATE")
             self._grouped = True
             yield
-            self._connection.execute("COMMIT")
+            assert self._copy is not None
+            with self._copy.following(self._records):
+                self._connection.execute("COMMIT")
         except BaseException as error:
             self._forget()
             with contextlib.suppress(sqlite3.Error):
@@ -140,6 +153,7 @@ class Journal:
             raise
         finally:
             self._grouped = False
+            self._records = []
 
     def adopt(self, space: Space) -> None:
         """Records the space that counts from here on (what discovery found)."""
@@ -237,7 +251,7 @@ class Journal:
         # As JSON, because SQLite turns a NaN into a NULL.
         row = (number, attempt, self._clock(), dumps({"value": value, "extra": extra}))
         with self.one_commit():
-            self._connection.execute("INSERT INTO guards VALUES (?, ?, ?, ?)", row)
+            self._write("INSERT INTO", "guards", row)
 
     # ---- reading
 
@@ -265,7 +279,7 @@ class Journal:
             "SELECT id, at, kind, trial, body FROM events WHERE id > ? AND id <= ? ORDER BY id",
             (after, 2**62 if upto is None else upto),
         )
-        return [Event(row[0], row[1], row[2], row[3], json.loads(row[4])) for row in rows]
+        return [Event(row[0], row[1], row[2], row[3], self._loaded(row[4])) for row in rows]
 
     def reports(self, trial: int | None = None, after: int = 0) -> tuple[Report, ...]:
         """Reports in the order they were recorded, of one trial or of all.
@@ -279,7 +293,7 @@ class Journal:
             rows = self._rows(f"{columns} WHERE id > ? ORDER BY id", (after,))
         else:
             rows = self._rows(f"{columns} WHERE trial = ? ORDER BY id LIMIT -1 OFFSET ?", (trial, after))
-        return tuple(Report(row[0], row[1], row[2], row[3], json.loads(row[4])) for row in rows)
+        return tuple(Report(row[0], row[1], row[2], row[3], self._loaded(row[4])) for row in rows)
 
     def guards(self) -> dict[tuple[int, int], tuple[float, Any]]:
         """(trial number, attempt) to the score on guard rows and what was kept with it.
@@ -288,7 +302,7 @@ class Journal:
         progress may call this.
         """
         rows = self._rows("SELECT trial, attempt, body FROM guards")
-        bodies = {(row[0], row[1]): json.loads(row[2]) for row in rows}
+        bodies = {(row[0], row[1]): self._loaded(row[2]) for row in rows}
         return {key: (body["value"], body["extra"]) for key, body in bodies.items()}
 
     # ---- inside
@@ -306,9 +320,11 @@ class Journal:
         self._now.apply(event)
         with self.one_commit():
             # The id is ours to say: if another driver wrote meanwhile this fails instead of interleaving.
-            self._connection.execute(
-                "INSERT INTO events VALUES (?, ?, ?, ?, ?)", (event.id, event.at, kind, trial, text)
-            )
+            self._write("INSERT INTO", "events", (event.id, event.at, kind, trial, text))
+
+    def _write(self, insert: str, table: str, row: journal_copy.Row) -> None:
+        self._connection.execute(f"{insert} {table} VALUES ({', '.join('?' * len(row))})", row)
+        self._records.append((table, row))
 
     def _state(self, length: int | None) -> History:
         self._refresh()
@@ -334,7 +350,13 @@ class Journal:
         try:
             for event in events:
                 state.apply(event)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise journal_file.damaged(self.path, error) from error
+
+    def _loaded(self, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, TypeError) as error:
             raise journal_file.damaged(self.path, error) from error
 
     def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:

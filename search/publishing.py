@@ -110,17 +110,18 @@ def check_uri(uri: str) -> None:
 
 
 def read(study_dir: Path) -> dict[str, Any]:
-    """What the tracker last said of itself; empty before it first did.
+    """What the tracker last said of itself; empty before it first did, or where the file is torn.
 
     Keys: ``uri``, ``experiment_id``, ``run_id`` (of the study), ``runs`` (trial number, as a string, to run
     id), ``published`` (journal events that MLflow has), ``behind`` (events that it does not have yet)
     and ``error`` (why, or None).
     """
     try:
-        found: dict[str, Any] = json.loads((study_dir / STATE_FILE).read_text())
-    except FileNotFoundError:
-        return {}
-    return found
+        found = json.loads((study_dir / STATE_FILE).read_bytes())
+        runs = {int(number): str(run) for number, run in found.get("runs", {}).items()}
+    except (FileNotFoundError, ValueError, AttributeError):
+        return {}  # nothing depends on it: the tracker finds its runs by their tags
+    return found if not runs or "experiment_id" in found else {}
 
 
 def compare_link(base_url: str, experiment_id: str, run_ids: Sequence[str]) -> str:

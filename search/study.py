@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from search import journal_file
 from search.errors import RequestError, StudyError
 from search.finalists import SEEDS, Confirmation, confirmation
 from search.journal import Journal
@@ -194,7 +195,8 @@ def release(folder: Path) -> None:
 
 def names(workspace: str | os.PathLike[str] | None = None) -> list[str]:
     """Names of the workspace's studies, the newest last; for the workspace see ``workspace_folder``."""
-    found = [path.parent for path in (workspace_folder(workspace) / "studies").glob("*/journal.sqlite")]
+    folders = (workspace_folder(workspace) / "studies").glob("*/")
+    found = [folder for folder in folders if journal_file.holds_study(folder)]
     return [folder.name for folder in sorted(found, key=lambda folder: (_began(folder), folder.name))]
 
 
@@ -225,7 +227,7 @@ class Study:
             if not have:
                 raise StudyError(f"there is no study in {folder}; start one with `heldout launch SPACE`")
             name = have[-1]
-        elif not (folder / "studies" / check_name(name) / "journal.sqlite").exists():
+        elif not journal_file.holds_study(folder / "studies" / check_name(name)):
             have = names(folder)
             listed = f"it has {', '.join(have)}" if have else "it has none"
             raise StudyError(f"there is no study called {name!r} in {folder}; {listed}")

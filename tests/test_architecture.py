@@ -17,21 +17,21 @@ MOST_LINES = 420
 # needs a place here, which is the moment to think about what it may know.
 LAYERS = (
     {"errors"},
-    {"trial", "channel", "problem", "rows", "metrics", "chain", "journal_file", "lock"},
+    {"trial", "channel", "problem", "rows", "metrics", "chain", "journal_copy", "lock"},
     {"domain", "traces", "split", "ranks", "intervals", "ledger", "template", "publishing", "watcher", "finalists"},
-    {"usage", "retries", "surroundings", "supervision"},
+    {"journal_file", "usage", "retries", "surroundings", "supervision"},
     {"space", "store", "leakage"},
     {"data"},
     {"history", "tracing", "declaration", "scoring"},
     {"fused"},
     {"feeding", "few_errors"},
-    {"journal", "runs", "statistics"},
+    {"journal", "runs", "statistics", "salvage"},
     {"publisher", "verdicts", "candidates"},
     {"samplers", "executors", "tracking", "registry", "training", "selection"},
     {"custom_metric", "preflight", "study", "devices", "slots", "discovery", "recording"},
     {"attempt"},
     {"driver"},
-    {"judge", "worker", "stopping"},
+    {"judge", "worker", "stopping", "repairing"},
     {"jobs", "belief", "picture"},
     {"report"},
     {"final", "winner"},
@@ -56,10 +56,10 @@ UPWARD_WHEN_CALLED = {
 
 # Loaded by the driver's process and by the template before it forks.
 STDLIB_ONLY = {
-    *("errors", "trial", "space", "domain", "traces", "history", "journal", "journal_file", "driver"),
+    *("errors", "trial", "space", "domain", "traces", "history", "journal", "journal_file", "journal_copy", "driver"),
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
     *("usage", "retries", "surroundings", "supervision", "recording", "slots", "discovery", "attempt"),
-    *("lock", "stopping"),
+    *("lock", "stopping", "salvage", "repairing"),
 }
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.

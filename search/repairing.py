@@ -1,0 +1,198 @@
+"""Making a damaged journal whole again, under the study's lock, and saying what was salvaged.
+
+What the files give is ``salvage``'s. The new journal is complete before an old file is touched, and at every moment
+what was salvaged is in a file that the next repair reads. Damaged files are kept under other names, so that nothing is
+lost that somebody might still read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from search import journal_copy, journal_file
+from search.errors import DamagedError, RequestError
+from search.journal import Journal
+from search.salvage import Salvaged, salvage
+from search.study import Study, locked
+from search.trial import TrialState
+
+DRAFT = "journal.repaired.sqlite"
+
+
+def repair(study: str | Study, *, workspace: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Bring back whatever the files of a study's journal still have.
+
+    A healthy journal is left as it is. The files of a damaged one are kept beside the new one.
+
+    Returns:
+        ``study``; ``healthy``, as it was found; ``said``, what was wrong; ``trials``, how many are ``complete``,
+        ``pruned``, ``failed`` and ``in_flight``; how many ``events``, ``reports`` and ``guards`` there are;
+        ``missing``, how many records are known of and lost; ``left_out``, how many were found that cannot follow
+        from what else was; ``certain``, whether there was a second record to tell that by; ``kept``, the names that
+        the old files have now.
+
+    Raises:
+        StudyError: If there is no such study, or a process drives it.
+        RequestError: If nothing can be salvaged, a newer version wrote the journal, or there is no room for a new one.
+    """
+    found = study if isinstance(study, Study) else Study(study, workspace)
+    path = found.folder / journal_file.NAME
+    with locked(found.folder):
+        wrong = _wrong(path)
+        kept: list[str] = []
+        missing = left_out = 0
+        certain = journal_copy.beside(path).exists()
+        if wrong is not None:
+            salvaged = _salvaged(found.folder)
+            missing, left_out = salvaged.missing, salvaged.left_out
+            kept = _put_in_place(path, salvaged)
+        changes = wrong is not None or not _has_whole_copy(path)
+        # Opened for writing, it brings its second record up to date.
+        with Journal.open(path, read_only=not changes) as journal:
+            counts = _counts(journal)
+        if wrong is not None:
+            journal_file.back_up(path)
+    more = {"missing": missing, "left_out": left_out, "certain": wrong is None or certain, "kept": kept}
+    said = wrong or ("its second record was behind, and is whole again" if changes else "nothing is wrong with it")
+    return {"study": found.name, "healthy": wrong is None, "said": said} | counts | more
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """What a repair found and did, in plain words."""
+    trials = found["trials"]
+    has = (
+        f"it has {trials['complete']} trials complete, {trials['pruned']} pruned, {trials['failed']} failed and "
+        f"{trials['in_flight']} in flight; {found['events']} events, {found['reports']} reports and "
+        f"{found['guards']} guard scores"
+    )
+    if found["healthy"]:
+        return [f"{found['study']}: the journal is whole; {found['said']}", has]
+    out = [f"{found['study']}: the journal was damaged, and is whole again", f"it said: {found['said']}", has]
+    if found["missing"]:
+        out.append(f"{found['missing']} records are known of and lost")
+    if found["left_out"]:
+        out.append(f"{found['left_out']} were found and left out, since they cannot follow from what else was found")
+    if not found["certain"]:
+        out.append(f"{journal_copy.NAME} was gone, so nobody can tell whether more was recorded at the end")
+    elif not found["missing"] and not found["left_out"]:
+        out.append("nothing is missing but, perhaps, reports of epochs, which have no second record")
+    return [*out, f"the files as they were found: {', '.join(found['kept'])}"] if found["kept"] else out
+
+
+def _wrong(path: Path) -> str | None:
+    """Why the journal needs repair, or None; what is not the files' fault, such as permissions, is raised."""
+    try:
+        journal_file.check(path)
+        with Journal.open(path, read_only=True) as journal:
+            journal.space()
+            _counts(journal)
+            for row in journal._rows("SELECT value FROM meta"):
+                json.loads(row[0])
+    except DamagedError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    except RequestError as error:
+        # A schema of the future is damage where our own second record denies it.
+        copied = journal_copy.read(path)
+        if "newer Heldout" in str(error) and copied is not None and copied.version == journal_file.SCHEMA_VERSION:
+            return str(error)
+        raise
+    return None
+
+
+def _has_whole_copy(path: Path) -> bool:
+    with contextlib.closing(journal_file.connect(path, read_only=True)) as connection:
+        copied = journal_copy.compare(path, connection)
+    return copied is not None and copied.is_sound
+
+
+def _counts(journal: Journal) -> dict[str, Any]:
+    states = [trial.state for trial in journal.history()]
+    return {
+        "trials": {
+            "complete": states.count(TrialState.COMPLETE),
+            "pruned": states.count(TrialState.PRUNED),
+            "failed": states.count(TrialState.FAILED),
+            "in_flight": sum(not state.is_finished for state in states),
+        },
+        "events": journal.length,
+        "reports": len(journal.reports()),
+        "guards": len(journal.guards()),
+    }
+
+
+def _salvaged(folder: Path) -> Salvaged:
+    path = folder / journal_file.NAME
+    copied = journal_copy.read(path) or journal_copy.Content()
+    if copied.version is not None and copied.version > journal_file.SCHEMA_VERSION:
+        raise RequestError(f"{journal_copy.beside(path)} was written by a newer Heldout; upgrade heldout first")
+    try:
+        found = salvage(copied, (folder / name for name in (journal_file.NAME, DRAFT, journal_file.BACKUP)))
+    except OSError as error:
+        raise _no_room(folder, error) from error
+    if found is None:
+        raise RequestError(
+            f"something must be left of study {folder.name!r}, but neither {journal_file.NAME} nor {journal_copy.NAME} "
+            f"nor {journal_file.BACKUP} has a record that can be read; put back a copy of yours, or remove {folder}"
+        )
+    state = found.tables["meta"].get("state")
+    if (found.missing or found.left_out) and state is not None and state[1] == '"COMPLETE"':
+        # What was lost may have been a trial, so there is something to resume.
+        puts = max(row[3] for row in found.tables["meta"].values())
+        found.tables["meta"]["state"] = ("state", '"STOPPED"', time.time(), puts + 1)
+    return found
+
+
+def _put_in_place(path: Path, salvaged: Salvaged) -> list[str]:
+    """Replaces journal and second record, and returns the names that damaged ones have now."""
+    draft, copy, backup = path.with_name(DRAFT), journal_copy.beside(path), path.with_name(journal_file.BACKUP)
+    is_partial = bool(salvaged.missing or salvaged.left_out)
+    copied = journal_copy.read(path)
+    try:
+        journal_file.make(draft, {table: rows.values() for table, rows in salvaged.tables.items()}, anew=False)
+        kept = []
+        if copied is not None and (is_partial or not copied.is_sound):
+            kept += _set_aside(copy)
+        journal_copy.write(copy, lambda: salvaged.tables, journal_file.SCHEMA_VERSION)
+        if is_partial or not journal_file.is_sound(backup):
+            kept += _set_aside(backup)
+        kept = _set_aside(path) + kept
+        os.replace(draft, path)
+        journal_copy.sync(path.parent)
+    except OSError as error:
+        raise _no_room(path.parent, error) from error
+    return kept
+
+
+def _set_aside(path: Path) -> list[str]:
+    """Gives a file, and SQLite's log beside it, another name, and returns that; an empty file is removed."""
+    if not path.exists() or not path.stat().st_size:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        _remove_logs(path)
+        return []
+    number = 1
+    while (other := path.with_name(f"{path.name}.damaged{f'-{number}' * (number > 1)}")).exists():
+        number += 1
+    os.replace(path, other)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(f"{path}-wal", f"{other}-wal")
+    _remove_logs(path)
+    return [other.name]
+
+
+def _remove_logs(path: Path) -> None:
+    for suffix in ("-wal", "-shm"):  # of another file, SQLite would play them into the new one
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{path}{suffix}")
+
+
+def _no_room(folder: Path, error: OSError) -> RequestError:
+    return RequestError(f"repairing must be able to write to {folder}, but: {error.strerror or error}; make room there")
