@@ -201,7 +201,10 @@ class Copy:
 
     def _is_as_left(self) -> bool:
         """Whether nobody else has written, moved or removed the file."""
-        ours, there = os.fstat(self._file), os.stat(self.path)
+        try:
+            ours, there = os.fstat(self._file), os.stat(self.path)
+        except OSError:
+            return False
         return (ours.st_ino, ours.st_size) == (there.st_ino, self._size)
 
     def _write_anew(self) -> None:

@@ -145,6 +145,8 @@ def check(path: Path) -> None:
 
 def is_sound(path: Path) -> bool:
     """Whether a file is a journal of this version or an older one, whatever it lacks."""
+    if not path.is_file():
+        return False
     try:
         with contextlib.closing(_connect(path, read_only=True)) as connection:
             _check(connection, path, thoroughly=True)
@@ -192,7 +194,8 @@ def damaged(path: Path, error: Exception) -> RequestError:
     code = getattr(error, "sqlite_errorcode", None)
     if code is not None and code & 0xFF in _NOT_THE_FILE and code != sqlite3.SQLITE_IOERR_SHORT_READ:
         return RequestError(f"{path} must be open to you, but: {error}; see to its permissions, disk and locks")
-    what = " ".join(str(error).split())
+    # What a row says is nobody's to read here: it may be a guard score.
+    what = " ".join(str(error).split()).partition(" with text")[0][:200]
     return DamagedError(f"{path} must be a readable journal, but: {what}; run `heldout repair {path.parent.name}`")
 
 
@@ -243,6 +246,8 @@ def _checked(path: Path, thoroughly: bool) -> tuple[sqlite3.Connection, int]:
                 f"{path} must have the journal schema of its second record, {copied.version}, but has {version}; "
                 f"run `heldout repair {path.parent.name}`"
             )
+        if thoroughly:
+            _check_backup(connection, path)
         return connection, version
     except sqlite3.Error as error:
         connection.close()
@@ -271,6 +276,24 @@ def _check(connection: sqlite3.Connection, path: Path, thoroughly: bool) -> int:
         if found != "ok":
             raise sqlite3.DatabaseError(found)
     return version
+
+
+def _check_backup(connection: sqlite3.Connection, path: Path) -> None:
+    """Without a second record to compare with, the last backup at least tells of a loss before it was made."""
+    backup = path.with_name(BACKUP)
+    if not is_sound(backup):
+        return
+    try:
+        with contextlib.closing(_connect(backup, read_only=True)) as other:
+            had = journal_copy.length(journal_copy.load(other))
+    except (sqlite3.Error, TypeError):
+        return  # the backup is what is damaged
+    missing = had - journal_copy.length(journal_copy.load(connection))
+    if missing > 0:
+        raise DamagedError(
+            f"{path} must have all that {BACKUP} beside it has, but {missing} of its records are missing; run "
+            f"`heldout repair {path.parent.name}`"
+        )
 
 
 def _migrate(connection: sqlite3.Connection, path: Path, version: int) -> None:

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from search import journal_file
+from search import journal_copy, journal_file
 from search.errors import DiskFull, RequestError, StudyFailed
 from search.journal import Journal
 from search.space import Space
@@ -314,12 +314,25 @@ class Life(RuleBasedStateMachine):
     def guard(self, number: int, attempt: int) -> None:
         self.attempt(lambda: self.journal.guard(number, attempt, 0.5))
 
+    @rule(key=st.sampled_from("ab"), value=st.integers(0, 2))
+    def put(self, key: str, value: int) -> None:
+        self.attempt(lambda: self.journal.put(key, value))
+        assert self.journal.get(key) == value
+
+    @rule(size=st.integers(0, 400))
+    def tear(self, size: int) -> None:
+        """Cuts off the end of the second record, as a killed process or a full disk does."""
+        copy = journal_copy.beside(self.path)
+        copy.write_bytes(copy.read_bytes()[: -size or None])
+        self.journal.put("torn", size)
+
     @rule()
     def abandon(self) -> None:
         """A group of writes that is called off."""
 
         def act() -> None:
             with self.journal.one_commit():
+                self.journal.put("a", "called off")
                 self.journal.begin(running(len(self.journal.history())))
                 raise ValueError
 
@@ -337,6 +350,14 @@ class Life(RuleBasedStateMachine):
             assert reader.space() == self.journal.space() == self.spaces[-1]
             assert reader.length == self.journal.length == len(self.seen) - 1
             assert reader.reports() == self.reports
+
+    @invariant()
+    def the_second_record_agrees(self) -> None:
+        copied, rows = journal_copy.read(self.path), journal_copy.load(self.journal._connection)
+        assert copied is not None and copied.is_sound
+        assert copied.rows == rows
+        assert copied.last == copied.bound == journal_copy.length(rows)
+        assert len(rows["events"]) == self.journal.length
 
     @invariant()
     def every_prefix_is_what_it_was(self) -> None:
