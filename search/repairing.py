@@ -18,8 +18,9 @@ from typing import Any
 from search import journal_copy, journal_file
 from search.errors import DamagedError, RequestError
 from search.journal import Journal
+from search.lock import locked
 from search.salvage import Salvaged, salvage
-from search.study import Study, locked
+from search.study import Study
 from search.trial import TrialState
 
 DRAFT = "journal.repaired.sqlite"
@@ -57,7 +58,8 @@ def repair(study: str | Study, *, workspace: str | os.PathLike[str] | None = Non
         with Journal.open(path, read_only=not changes) as journal:
             counts = _counts(journal)
         if wrong is not None:
-            journal_file.back_up(path)
+            with contextlib.suppress(RequestError):  # without room for a new one the old one stays
+                journal_file.back_up(path)
     more = {"missing": missing, "left_out": left_out, "certain": wrong is None or certain, "kept": kept}
     said = wrong or ("its second record was behind, and is whole again" if changes else "nothing is wrong with it")
     return {"study": found.name, "healthy": wrong is None, "said": said} | counts | more
@@ -92,8 +94,9 @@ def _wrong(path: Path) -> str | None:
         with Journal.open(path, read_only=True) as journal:
             journal.space()
             _counts(journal)
-            for row in journal._rows("SELECT value FROM meta"):
-                json.loads(row[0])
+        with contextlib.closing(journal_file.connect(path, read_only=True)) as connection:
+            for row in journal_copy.load(connection)["meta"].values():
+                json.loads(row[1])
     except DamagedError as error:
         return str(error)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -131,3 +131,13 @@ def test_the_drivers_side_does_not_import_mlflow() -> None:
     code = "import sys, search.publishing, search.tracking, search.ui; print('mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"uri": "sqlite:///x", "ru', b"[]", b"null", b'"text"', b"\xff\xfe", b'{"runs": []}', b'{"runs": {"O": "a"}}']
+    + [b'{"runs": {"0": "a"}}', b'{"runs": null}'],
+)
+def test_a_torn_state_is_as_good_as_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / publishing.STATE_FILE).write_bytes(content)
+    assert publishing.read(tmp_path) == {}
