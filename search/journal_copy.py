@@ -25,7 +25,6 @@ from typing import Any
 
 from search.errors import DamagedError, RequestError
 
-NAME = "journal.copy.jsonl"
 COLUMNS = {
     "meta": "key, value, at, put",
     "events": "id, at, kind, trial, body",
@@ -38,8 +37,8 @@ Rows = dict[str, dict[Any, Row]]  # by table, then by what names a row in it
 
 
 def beside(path: Path) -> Path:
-    """Where the second record of this journal is."""
-    return path.with_name(NAME)
+    """Where the second record of this journal is: ``journal.copy.jsonl`` for ``journal.sqlite``."""
+    return path.with_suffix(".copy.jsonl")
 
 
 def key(table: str, row: Row) -> Any:
@@ -134,7 +133,7 @@ def compare(path: Path, connection: sqlite3.Connection) -> Content | None:
     if missing > 0:
         trials = {row[3] if table == "events" else row[0] for table, row in lacking if table != "meta"} - {None}
         raise DamagedError(
-            f"{path} must have all that {NAME} beside it has, but {missing} records are missing or changed, of "
+            f"{path} must have all that {beside(path).name} has, but {missing} records are missing or changed, of "
             f"{len(trials) or 'no'} trial{'s' * (len(trials) != 1)}; run `heldout repair {path.parent.name}`"
         )
     copied.is_sound = copied.is_sound and copied.last == length(rows)

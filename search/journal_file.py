@@ -15,7 +15,6 @@ from search import journal_copy
 from search.errors import DamagedError, RequestError
 
 NAME = "journal.sqlite"
-BACKUP = "journal.backup.sqlite"
 SCHEMA_VERSION = 2
 _APPLICATION_ID = 0x48454C44  # "HELD": tells our file from any other SQLite file, also to `file`
 
@@ -66,7 +65,13 @@ _LEAST_ROOM = 1 << 20
 
 def holds_study(folder: Path) -> bool:
     """Whether a study is recorded in the folder, be it in a file that alone is left of it."""
-    return any((folder / name).exists() for name in (NAME, journal_copy.NAME, BACKUP))
+    path = folder / NAME
+    return any(file.exists() for file in (path, journal_copy.beside(path), backup_of(path)))
+
+
+def backup_of(path: Path) -> Path:
+    """Where ``back_up`` puts its copy: ``journal.backup.sqlite`` for ``journal.sqlite``."""
+    return path.with_suffix(".backup.sqlite")
 
 
 def make(path: Path, rows: Mapping[str, Iterable[journal_copy.Row]], anew: bool = True) -> None:
@@ -156,16 +161,20 @@ def is_sound(path: Path) -> bool:
 
 
 def back_up(path: Path) -> Path:
-    """Copies the journal, as of one moment, to ``journal.backup.sqlite`` beside it, and returns that path.
+    """Copies the journal, as of one moment, to a file beside it, and returns its path.
 
+    For who holds the study's lock: half-written files of others are taken away.
     An earlier backup stays unless the journal passes every check: a good backup is not replaced by a torn file.
 
     Raises:
         RequestError: As ``connect``, or if no copy can be written.
     """
     source, _ = _checked(path, thoroughly=True)
-    kept = path.with_name(BACKUP)
-    draft = kept.with_name(f"{BACKUP}.{os.getpid()}.new")
+    kept = backup_of(path)
+    for left in path.parent.glob(f"{path.stem}.*.new*"):  # by a process that was killed while it wrote a file
+        with contextlib.suppress(OSError):
+            left.unlink()
+    draft = kept.with_name(f"{kept.name}.{os.getpid()}.new")
     try:
         os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))  # guard scores are in it
         with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as target:
@@ -280,7 +289,7 @@ def _check(connection: sqlite3.Connection, path: Path, thoroughly: bool) -> int:
 
 def _check_backup(connection: sqlite3.Connection, path: Path) -> None:
     """Without a second record to compare with, the last backup at least tells of a loss before it was made."""
-    backup = path.with_name(BACKUP)
+    backup = backup_of(path)
     if not is_sound(backup):
         return
     try:
@@ -291,7 +300,7 @@ def _check_backup(connection: sqlite3.Connection, path: Path) -> None:
     missing = had - journal_copy.length(journal_copy.load(connection))
     if missing > 0:
         raise DamagedError(
-            f"{path} must have all that {BACKUP} beside it has, but {missing} of its records are missing; run "
+            f"{path} must have all that {backup.name} has, but {missing} of its records are missing; run "
             f"`heldout repair {path.parent.name}`"
         )
 

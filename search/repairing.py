@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import Any
 from search import journal_copy, journal_file
 from search.errors import DamagedError, RequestError
 from search.journal import Journal
+from search.salvage import SCRATCH, Salvaged, salvage
 from search.lock import locked
-from search.salvage import Salvaged, salvage
 from search.study import Study
 from search.trial import TrialState
 
@@ -45,6 +46,8 @@ def repair(study: str | Study, *, workspace: str | os.PathLike[str] | None = Non
     found = study if isinstance(study, Study) else Study(study, workspace)
     path = found.folder / journal_file.NAME
     with locked(found.folder):
+        for left in found.folder.glob(f"{SCRATCH}*"):  # of a repair that was killed
+            shutil.rmtree(left, ignore_errors=True)
         wrong = _wrong(path)
         kept: list[str] = []
         missing = left_out = 0
@@ -81,7 +84,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     if found["left_out"]:
         out.append(f"{found['left_out']} were found and left out, since they cannot follow from what else was found")
     if not found["certain"]:
-        out.append(f"{journal_copy.NAME} was gone, so nobody can tell whether more was recorded at the end")
+        out.append("its second record was gone, so nobody can tell whether more was recorded at the end")
     elif not found["missing"] and not found["left_out"]:
         out.append("nothing is missing but, perhaps, reports of epochs, which have no second record")
     return [*out, f"the files as they were found: {', '.join(found['kept'])}"] if found["kept"] else out
@@ -136,14 +139,16 @@ def _salvaged(folder: Path) -> Salvaged:
     copied = journal_copy.read(path) or journal_copy.Content()
     if copied.version is not None and copied.version > journal_file.SCHEMA_VERSION:
         raise RequestError(f"{journal_copy.beside(path)} was written by a newer Heldout; upgrade heldout first")
+    backup = journal_file.backup_of(path)
     try:
-        found = salvage(copied, (folder / name for name in (journal_file.NAME, DRAFT, journal_file.BACKUP)))
+        found = salvage(copied, (path, path.with_name(DRAFT), backup))
     except OSError as error:
         raise _no_room(folder, error) from error
     if found is None:
         raise RequestError(
-            f"something must be left of study {folder.name!r}, but neither {journal_file.NAME} nor {journal_copy.NAME} "
-            f"nor {journal_file.BACKUP} has a record that can be read; put back a copy of yours, or remove {folder}"
+            f"something must be left of study {folder.name!r}, but neither {path.name} nor "
+            f"{journal_copy.beside(path).name} nor {backup.name} has a record that can be read; put back a copy of "
+            f"yours, or remove {folder}"
         )
     state = found.tables["meta"].get("state")
     if (found.missing or found.left_out) and state is not None and state[1] == '"COMPLETE"':
@@ -155,7 +160,7 @@ def _salvaged(folder: Path) -> Salvaged:
 
 def _put_in_place(path: Path, salvaged: Salvaged) -> list[str]:
     """Replaces journal and second record, and returns the names that damaged ones have now."""
-    draft, copy, backup = path.with_name(DRAFT), journal_copy.beside(path), path.with_name(journal_file.BACKUP)
+    draft, copy, backup = path.with_name(DRAFT), journal_copy.beside(path), journal_file.backup_of(path)
     is_partial = bool(salvaged.missing or salvaged.left_out)
     copied = journal_copy.read(path)
     try:

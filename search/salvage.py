@@ -27,6 +27,7 @@ from search.trial import Trial, TrialState
 
 Tables = dict[str, dict[Any, Row]]
 
+SCRATCH = ".repair-"  # how folders for copies of damaged files begin
 _REPORTS = "id, trial, attempt, step, at, metrics"
 _ORDERS = {"meta": ("key",), "events": ("id",), "guards": ("trial", "attempt"), "reports": ("id",)}
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -96,7 +97,7 @@ def read(path: Path) -> Tables:
     found: Tables = {table: {} for table in _KINDS}
     if not path.is_file() or not path.stat().st_size:
         return found
-    with tempfile.TemporaryDirectory(prefix=".repair-", dir=path.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=path.parent) as scratch:
         copy = Path(scratch) / path.name
         for suffix in ("", "-wal"):
             with contextlib.suppress(FileNotFoundError):

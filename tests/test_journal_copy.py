@@ -356,7 +356,7 @@ class TestUpgrade:
             assert {key: row[3] for key, row in rows.items()} == {"prepared": 1, "study": 2, "state": 4}
         Journal.create(tmp_path / "new.sqlite", {}).close()
         assert schema(old) == schema(tmp_path / "new.sqlite")
-        assert schema(old.with_name(journal_file.BACKUP))[0] == 1
+        assert schema(journal_file.backup_of(old))[0] == 1
 
     def test_it_is_read_as_it_is_by_who_only_reads(self, old: Path) -> None:
         before = old.read_bytes()
@@ -392,7 +392,7 @@ class TestUpgrade:
             assert len(journal.history()) == 2
 
     def test_there_is_no_upgrade_without_a_backup(self, old: Path) -> None:
-        old.with_name(journal_file.BACKUP).mkdir()
+        journal_file.backup_of(old).mkdir()
         before = old.read_bytes()
         with pytest.raises(RequestError, match="a backup must be written to .*journal.backup.sqlite"):
             Journal.open(old)
@@ -423,7 +423,7 @@ class TestBackup:
             path.with_name(name).write_bytes(content)
         with pytest.raises(DamagedError, match="run `heldout repair digits`"):
             journal_file.back_up(path)
-        assert path.with_name(journal_file.BACKUP).read_bytes() == before
+        assert journal_file.backup_of(path).read_bytes() == before
 
     def test_it_tells_of_a_loss_where_the_second_record_is_gone(self, path: Path) -> None:
         with Journal.create(path, {}) as journal:
@@ -434,5 +434,5 @@ class TestBackup:
             journal_file.back_up(path)
         path.write_bytes(early)
         journal_copy.beside(path).unlink()
-        with pytest.raises(DamagedError, match="journal.backup.sqlite beside it has, but 1 of its records"):
+        with pytest.raises(DamagedError, match="journal.backup.sqlite has, but 1 of its records"):
             Journal.open(path)

@@ -135,8 +135,8 @@ def test_the_drivers_side_does_not_import_mlflow() -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b'{"uri": "sqlite:///x", "ru', b"[]", b"null", b'"text"', b"\xff\xfe", b'{"runs": []}', b'{"runs": {"O": "a"}}']
-    + [b'{"runs": {"0": "a"}}', b'{"runs": null}'],
+    [b"", b'{"uri": "sqlite:///x", "ru', b"[]", b"null", b'"text"', b"\xff\xfe"]
+    + [b'{"runs": []}', b'{"runs": {"O": "a"}}', b'{"runs": {"0": "a"}}', b'{"runs": null}'],
 )
 def test_a_torn_state_is_as_good_as_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / publishing.STATE_FILE).write_bytes(content)

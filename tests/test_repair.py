@@ -18,15 +18,16 @@ import pytest
 from search import journal_copy, journal_file, publishing, salvage
 from search.errors import DamagedError, HeldoutError, RequestError, StudyError
 from search.journal import Journal
+from search.lock import locked
 from search.repairing import lines, repair
 from search.space import Space
-from search.study import Study, locked, names
+from search.study import Study, names
 from search.trial import Report, Trial, TrialState
 from tests.conftest import Heldout
 from tests.test_journal import ask, complete, running
 
 SQLITE, WAL = journal_file.NAME, f"{journal_file.NAME}-wal"
-COPY, BACKUP = journal_copy.NAME, journal_file.BACKUP
+COPY, BACKUP = "journal.copy.jsonl", "journal.backup.sqlite"
 TRACKING = publishing.STATE_FILE
 TRIALS = 24
 
@@ -348,6 +349,22 @@ def test_a_journal_of_a_newer_version_is_not_touched(study: Study) -> None:
     assert "newer Heldout" in repair(study)["said"]
 
 
+def test_what_is_not_the_files_fault_is_not_repaired(
+    study: Study, truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_file, "_BUSY_SECONDS", 0.1)
+    before = files(study.folder)
+    with contextlib.closing(sqlite3.connect(study.folder / SQLITE, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(RequestError, match="must be open to you, but: database is locked; see to its") as caught:
+            repair(study)
+        assert not isinstance(caught.value, DamagedError)
+        assert files(study.folder) == before
+        other.execute("ROLLBACK")
+    is_all_there(study, truth)
+
+
 def lose(study: Study, *numbers: int) -> None:
     """Takes events out of every file."""
     (study.folder / BACKUP).unlink()
@@ -428,6 +445,7 @@ def test_a_repair_that_is_killed_is_done_again(
     repair(study)
     is_all_there(study, truth)
     assert repair(study)["healthy"]
+    assert not [path.name for path in study.folder.iterdir() if ".new" in path.name or path.name.startswith(".")]
 
 
 # ── the command line ─────────────────────────────────────────────────────────────────────────────
