@@ -180,26 +180,25 @@ def _put_in_place(path: Path, salvaged: Salvaged) -> list[str]:
 
 
 def _set_aside(path: Path) -> list[str]:
-    """Gives a file, and SQLite's log beside it, another name, and returns that; an empty file is removed."""
-    if not path.exists() or not path.stat().st_size:
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-        _remove_logs(path)
-        return []
+    """Gives a file, and SQLite's log beside it, other names, and returns these; what is empty is removed."""
     number = 1
-    while (other := path.with_name(f"{path.name}.damaged{f'-{number}' * (number > 1)}")).exists():
+    while any(Path(f"{path}.damaged{_mark(number)}{log}").exists() for log in ("", "-wal")):
         number += 1
-    os.replace(path, other)
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(f"{path}-wal", f"{other}-wal")
-    _remove_logs(path)
-    return [other.name]
+    names = []
+    for log in ("", "-wal", "-shm"):  # a log of another file SQLite would play into the new one
+        old, other = Path(f"{path}{log}"), Path(f"{path}.damaged{_mark(number)}{log}")
+        if not old.exists():
+            continue
+        if log == "-shm" or not old.stat().st_size:
+            old.unlink()
+        else:
+            os.replace(old, other)
+            names.append(other.name)
+    return names
 
 
-def _remove_logs(path: Path) -> None:
-    for suffix in ("-wal", "-shm"):  # of another file, SQLite would play them into the new one
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{path}{suffix}")
+def _mark(number: int) -> str:
+    return f"-{number}" if number > 1 else ""
 
 
 def _no_room(folder: Path, error: OSError) -> RequestError:
