@@ -19,8 +19,8 @@ from typing import Any
 from search import journal_copy, journal_file
 from search.errors import DamagedError, RequestError
 from search.journal import Journal
-from search.salvage import SCRATCH, Salvaged, salvage
 from search.lock import locked
+from search.salvage import SCRATCH, Salvaged, salvage
 from search.study import Study
 from search.trial import TrialState
 
