@@ -117,8 +117,10 @@ def prepared_for(journal: Journal, trial: Trial) -> dict[str, Any]:
     They differ between trials only in a study that was resumed with ``--accept-changes``.
     """
     prepared: dict[str, Any] = journal.get("prepared")
-    texts: dict[str, dict[str, Any]] = journal.get("texts") or {}
-    return prepared | texts.get(trial.text or journal.get("study")["space"]["digest"], {})
+    texts: dict[str, dict[str, Any]] | None = journal.get("texts")
+    if texts is None:
+        return prepared
+    return prepared | texts[trial.text or journal.get("study")["space"]["digest"]]
 
 
 def openings(prepared: dict[str, Any]) -> int:

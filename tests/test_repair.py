@@ -127,7 +127,7 @@ def is_all_there(study: Study, truth: Truth) -> None:
 
 def files(folder: Path) -> dict[str, bytes]:
     """What lies in a study's folder, but for its lock and for what SQLite keeps for those who read."""
-    content = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "lock"}
+    content = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and "lock" not in path.name}
     return {name: text for name, text in content.items() if not name.endswith("-shm") and (name != WAL or text)}
 
 
