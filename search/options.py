@@ -30,6 +30,16 @@ def final(command: Any) -> Any:
     )(command)
 
 
+def checkpoint_minutes(command: Any) -> Any:
+    """How long trials may be before one that runs again should not begin from zero."""
+    return click.option(
+        "--checkpoint-minutes",
+        type=float,
+        metavar="M",
+        help="Save a running trial every M minutes; one that runs again continues from there [begins again].",
+    )(command)
+
+
 def search_options(command: Any) -> Any:
     """What `launch` and `check` search, and with what."""
     options = [
@@ -42,6 +52,7 @@ def search_options(command: Any) -> Any:
         click.option("--seed", type=int, default=0, show_default=True, help="Of proposals and training; moves no row."),
         click.option("--split-seed", type=int, default=0, show_default=True, help="Of the split of rows into tiers."),
         click.option("--epochs", type=int, help="Epochs of a trial at most [the module's]."),
+        click.option("--deterministic", is_flag=True, help="Train with operations alone that repeat to the bit."),
         click.option(
             "--confirm",
             type=int,

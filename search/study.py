@@ -41,6 +41,8 @@ class StudyConfig:
         split_seed: Of the split of rows into tiers.
         study: The study's name, or None for the space's name and a number.
         epochs: Overrides the module's number of epochs.
+        deterministic: Trains with the backend's deterministic operations alone.
+        checkpoint_minutes: Between checkpoints that a trial which runs again continues from; None makes none.
         confirm: Configurations that are trained again after the search, 0 for none; None for one in ten trials,
             ten at most, while that is no more than a third of all trainings.
         confirm_seeds: Trainings of each of them and of the baseline.
@@ -67,6 +69,8 @@ class StudyConfig:
     split_seed: int = 0
     study: str | None = None
     epochs: int | None = None
+    deterministic: bool = False
+    checkpoint_minutes: float | None = None
     confirm: int | None = None
     confirm_seeds: int = SEEDS
     final: str | None = None
@@ -94,6 +98,12 @@ class StudyConfig:
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(word) for word in allowed if word)
                 raise RequestError(f"{_flag(name)} must be one of {words}, but got {getattr(self, name)!r}")
+        minutes = self.checkpoint_minutes
+        # Written so that NaN is refused as well.
+        if minutes is not None and (isinstance(minutes, bool) or not 0 < minutes < math.inf):
+            raise RequestError(f"--checkpoint-minutes must be a number above 0, but got {minutes!r}")
+        if not isinstance(self.deterministic, bool):
+            raise RequestError(f"--deterministic must be true or false, but got {self.deterministic!r}")
         if self.final not in (None, "retrain"):
             raise RequestError(
                 f"--final must be retrain, but got {self.final!r}; a model trained on every row is written by "

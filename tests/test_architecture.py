@@ -22,7 +22,7 @@ LAYERS = (
     {"space", "store", "leakage"},
     {"data"},
     {"history", "tracing", "declaration", "scoring"},
-    {"fused"},
+    {"fused", "checkpoints"},
     {"feeding", "few_errors"},
     {"journal", "runs", "statistics"},
     {"publisher", "verdicts", "candidates"},
@@ -58,7 +58,7 @@ STDLIB_ONLY = {
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
 SLOW = {
-    "keras": {"training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric"},
+    "keras": {"training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric", "checkpoints"},
     "keras_tuner": {"tracing"},
     "mlflow": {"tracking", "publisher"},
     "scipy": {"statistics", "intervals"},
