@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from search.evaluation import evaluate
     from search.ledger import Ledger
     from search.rehearsal import check, try_params
+    from search.reproduction import reproduce
     from search.study import Study
     from search.study import names as studies
     from search.ui import serve
@@ -41,6 +42,7 @@ _HOME = {
     "check": "rehearsal",
     "evaluate": "evaluation",
     "launch": "wiring",
+    "reproduce": "reproduction",
     "resume": "wiring",
     "serve": "ui",
     "studies": "study",
@@ -62,6 +64,7 @@ __all__ = [
     "check",
     "evaluate",
     "launch",
+    "reproduce",
     "resume",
     "serve",
     "studies",

@@ -265,6 +265,30 @@ def evaluate(study: str, final: str | None, workspace: str | None, as_json: bool
 
 
 @main.command()
+@click.argument("study")
+@click.argument("trial", type=int)
+@options.workspace
+@options.as_json
+def reproduce(study: str, trial: int, workspace: str | None, as_json: bool) -> None:
+    """Train one trial again, and compare.
+
+    Nothing is recorded. Exits with 1 if the result is another one.
+    """
+    from search.reproduction import lines
+    from search.reproduction import reproduce as run
+    from search.study import Study
+
+    with _watching(None, as_json) as watcher:
+        found = run(Study(study, workspace), trial, watcher=watcher)
+    if as_json:
+        _print_json(found)
+    else:
+        for line in lines(found):
+            click.echo(line)
+    click.get_current_context().exit(0 if found["reproduced"] else 1)
+
+
+@main.command()
 @options.as_json
 def ledger(as_json: bool) -> None:
     """Show what held-out rows have been used for.

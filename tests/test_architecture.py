@@ -34,7 +34,7 @@ LAYERS = (
     {"final", "winner"},
     {"freezing"},
     {"evaluation"},
-    {"wiring", "rehearsal"},
+    {"wiring", "rehearsal", "reproduction"},
     {"export"},
     {"view", "ui", "options"},
     {"", "cli"},  # "" is search/__init__.py, the documented functions
