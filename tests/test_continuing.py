@@ -1,4 +1,7 @@
-"""A study whose driver is killed in the middle of a long trial: after `heldout resume` the trial goes on."""
+"""A study whose driver is killed in the middle of a long trial: after `heldout resume` the trial goes on.
+
+While it still runs, one of its ended trials is reproduced.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ WAITS = (
     "        marker = os.environ.get('MARKER')\n"
     f"        if marker and epoch == {KILLED_IN} and self.layers != (1, 1e-2) and not os.path.exists(marker):\n"
     "            open(marker, 'w').close()\n"
-    "            time.sleep(300)\n\n\n"
+    "            time.sleep(500)\n\n\n"
     "def callbacks(hp):\n"
     "    return [Waits(hp), keras.callbacks.ReduceLROnPlateau(monitor='val_loss', patience=1)]"
 )
@@ -52,10 +55,13 @@ def test_a_trial_goes_on_after_its_driver_was_killed_and_the_study_equals_an_uni
             until = time.monotonic() + 200
             while not marker.exists() and driver.poll() is None and time.monotonic() < until:
                 time.sleep(0.05)
+            ended = heldout("reproduce", "cut", "0", "--workspace", str(tmp_path / "ws"))
+            assert Study("cut", tmp_path / "ws").state == "RUNNING"
         finally:
             driver.kill()
             driver.wait()
     assert marker.exists(), (tmp_path / "driver.log").read_text()
+    assert ended.returncode == 0 and "reproduced exactly" in ended.stdout, ended.stderr
     cut, reference = Study("cut", tmp_path / "ws"), Study("whole", tmp_path / "ws")
     assert [trial.state for trial in cut.trials] == [TrialState.COMPLETE, TrialState.RUNNING]
     assert (cut.folder / "trials" / "0001" / "checkpoint.npz").exists()

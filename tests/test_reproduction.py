@@ -197,6 +197,8 @@ def test_rows_that_are_gone_are_an_error_and_no_result(done: Done, tmp_path: Pat
         search.reproduce(kept, 1)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_only_trials_that_ended_can_be_reproduced(done: Done, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="no trial 99; it has"):
         search.reproduce(done.study, 99)
