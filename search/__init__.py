@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from search.ledger import Ledger
     from search.rehearsal import check, try_params
     from search.repairing import repair
+    from search.reproduction import reproduce
     from search.resuming import resume
     from search.stopping import stop
     from search.study import Study
@@ -48,6 +49,7 @@ _HOME = {
     "launch": "wiring",
     "repair": "repairing",
     "resume": "resuming",
+    "reproduce": "reproduction",
     "serve": "ui",
     "stop": "stopping",
     "studies": "study",
@@ -71,6 +73,7 @@ __all__ = [
     "evaluate",
     "launch",
     "repair",
+    "reproduce",
     "resume",
     "serve",
     "stop",

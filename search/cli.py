@@ -66,6 +66,7 @@ def main(debug: bool) -> None:
     help="Open the sealed test rows at the end: auto only if no study has opened them.",
 )
 @options.final
+@options.checkpoint_minutes
 @click.option("--tag", "tags", multiple=True, metavar="K=V", help="A tag for every MLflow run; may be repeated.")
 @options.as_json
 def launch(space: str, tags: tuple[str, ...], as_json: bool, **asked: Any) -> None:
@@ -310,6 +311,30 @@ def repair(study: str, workspace: str | None, as_json: bool) -> None:
         return _print_json(found)
     for line in lines(found):
         click.echo(line)
+
+
+@main.command()
+@click.argument("study")
+@click.argument("trial", type=int)
+@options.workspace
+@options.as_json
+def reproduce(study: str, trial: int, workspace: str | None, as_json: bool) -> None:
+    """Train one trial again, and compare.
+
+    Nothing is recorded. Exits with 1 if the result is another one.
+    """
+    from search.reproduction import lines
+    from search.reproduction import reproduce as run
+    from search.study import Study
+
+    with _watching(None, as_json) as watcher:
+        found = run(Study(study, workspace), trial, watcher=watcher)
+    if as_json:
+        _print_json(found)
+    else:
+        for line in lines(found):
+            click.echo(line)
+    click.get_current_context().exit(0 if found["reproduced"] else 1)
 
 
 @main.command()

@@ -252,6 +252,28 @@ def _apply_torch(torch: Any, slot: Mapping[str, Any]) -> None:
             torch.cuda.set_per_process_memory_fraction(slot["memory_share"] * _USABLE, number)
 
 
+def be_deterministic() -> None:
+    """Let the backend use only operations that give the same numbers every time. Before a model is built.
+
+    An operation that has no such variant fails then. On CPUs little changes; on GPUs training gets slower.
+    """
+    keras = importlib.import_module("keras")
+    backend = keras.config.backend()
+    if backend == "tensorflow":
+        tf = importlib.import_module("tensorflow")
+        keras.utils.set_random_seed(0)  # random operations without any seed are refused from here on
+        tf.config.experimental.enable_op_determinism()
+    elif backend == "jax":
+        # Read when JAX first uses a device, which an import alone does not.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    elif backend == "torch":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch = importlib.import_module("torch")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
+
+
 def seen() -> list[dict[str, str]]:
     """The devices that Keras' backend sees in this process, for the trial's record.
 

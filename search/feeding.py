@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -41,20 +43,27 @@ def batches(
     batch: int,
     budget: int,
     seed: int | None = None,
+    first: Callable[[], int] = lambda: 0,
+    endless: bool = True,
 ) -> Any:
     """Batches of ``(x, y)`` or ``(x, y, weight)`` for ``fit``; shuffled anew every epoch when a seed is given.
 
     Rows are copied into the process only when they take at most ``budget`` bytes. The order depends
-    on the seed alone.
+    on the seed and the epoch alone.
+
+    Args:
+        first: Number of the first epoch, known when training has begun.
+        endless: Whether shuffled batches go on from epoch to epoch, which spares a pipeline its start; only for
+            those who tell ``fit`` how many make an epoch. Otherwise each pass over them is an epoch.
 
     Returns:
-        A ``tf.data.Dataset`` on the TensorFlow backend, which goes on without end when it is shuffled; a
-        ``keras.utils.PyDataset`` on the others.
+        A ``tf.data.Dataset`` on the TensorFlow backend; a ``keras.utils.PyDataset``, which is never endless, on
+        the others.
     """
     features = joined(rows, tier, preprocess) if rows.nbytes(tier) <= budget else None
     if not _has_tf_data():
-        return _Gathered(rows, tier, preprocess, features, batch, seed)
-    return _tf_batches(rows, tier, preprocess, features, batch, seed)
+        return _Gathered(rows, tier, preprocess, features, batch, seed, first)
+    return _tf_batches(rows, tier, preprocess, features, batch, seed, first, endless)
 
 
 def _has_tf_data() -> bool:
@@ -67,7 +76,16 @@ def targets(rows: OpenRows, tier: str) -> tuple[Any, ...]:
     return (rows.labels(tier),) if weights is None else (rows.labels(tier), weights)
 
 
-def _tf_batches(rows: OpenRows, tier: str, preprocess: Any, features: Any, batch: int, seed: int | None) -> Any:
+def _tf_batches(
+    rows: OpenRows,
+    tier: str,
+    preprocess: Any,
+    features: Any,
+    batch: int,
+    seed: int | None,
+    first: Callable[[], int],
+    endless: bool,
+) -> Any:
     import tensorflow as tf
 
     labels, count = targets(rows, tier), rows.size(tier)
@@ -90,14 +108,19 @@ def _tf_batches(rows: OpenRows, tier: str, preprocess: Any, features: Any, batch
     if seed is None:
         index = tf.data.Dataset.range(count).batch(batch)
     else:
-        # Without end, an epoch's order after the other; `fit` is told how many batches make an epoch.
-        index = tf.data.Dataset.counter().flat_map(
-            lambda epoch: tf.data.Dataset.from_tensor_slices(
-                tf.ensure_shape(
-                    tf.numpy_function(lambda e: order(count, seed, int(e)), [epoch], tf.int64, stateful=False), [count]
-                )
-            ).batch(batch)
-        )
+        passes = itertools.count()
+
+        def of_epoch(number: Any) -> np.ndarray:
+            # Called when an epoch begins, by when a continued trial knows which one is its first.
+            return order(count, seed, first() + (int(number) if endless else next(passes)))
+
+        def shuffled(number: Any) -> Any:
+            at = tf.ensure_shape(tf.numpy_function(of_epoch, [number], tf.int64), [count])
+            return tf.data.Dataset.from_tensor_slices(at).batch(batch)
+
+        index = (tf.data.Dataset.counter() if endless else tf.data.Dataset.range(1)).flat_map(shuffled)
+        if not endless:
+            index = index.apply(tf.data.experimental.assert_cardinality(math.ceil(count / batch)))
     return index.map(gather if features is not None else gather_mapped).prefetch(2)
 
 
@@ -112,18 +135,27 @@ class _Gathered(keras.utils.PyDataset):
         features: Any,
         batch: int,
         seed: int | None,
+        first: Callable[[], int],
     ) -> None:
         super().__init__()
         self._rows, self._tier, self._preprocess, self._batch = rows, tier, preprocess, batch
         self._features, self._labels = features, targets(rows, tier)
-        self._seed, self._epoch = seed, 0
-        self._order = np.arange(rows.size(tier)) if seed is None else order(rows.size(tier), seed, 0)
+        self._seed, self._epoch, self._first = seed, 0, first
+        self._count, self._orders = rows.size(tier), (-1, np.arange(rows.size(tier)))
 
     def __len__(self) -> int:
-        return math.ceil(len(self._order) / self._batch)
+        return math.ceil(self._count / self._batch)
+
+    def _order(self) -> np.ndarray:
+        """The rows of this epoch in their order, made when the first of them is asked for."""
+        known, at = self._orders
+        if self._seed is not None and known != (epoch := self._first() + self._epoch):
+            at = order(self._count, self._seed, epoch)
+            self._orders = (epoch, at)
+        return at
 
     def __getitem__(self, number: int) -> Any:
-        at = self._order[number * self._batch : (number + 1) * self._batch]
+        at = self._order()[number * self._batch : (number + 1) * self._batch]
         if self._features is not None:
             x = keras.tree.map_structure(lambda part: part[at], self._features)
         else:
@@ -132,6 +164,4 @@ class _Gathered(keras.utils.PyDataset):
 
     def on_epoch_end(self) -> None:
         """Shuffle for the next epoch."""
-        if self._seed is not None:
-            self._epoch += 1
-            self._order = order(len(self._order), self._seed, self._epoch)
+        self._epoch += 1

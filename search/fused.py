@@ -61,6 +61,7 @@ def fit(
     batch: int,
     large: int,
     seed: int,
+    first: Callable[[], int] = lambda: 0,
     **options: Any,
 ) -> None:
     """``model.fit`` on rows in memory.
@@ -69,16 +70,16 @@ def fit(
         train: ``(x, y)`` or ``(x, y, sample_weight)``, structures of arrays with the rows first.
         validation: ``(x, y)``.
         batch: Rows per training step; large: rows per validation step.
-        seed: Of the order of rows.
+        seed: Of the order of rows; first: number of the first epoch, known when training has begun.
         **options: For Keras' ``fit``: epochs, callbacks.
     """
     import tensorflow as tf
 
     _build(model, train)
     count, last = _count(train), np.arange(_count(validation))
-    epoch = itertools.count()
+    passed = itertools.count()
     model.train_function = _function(
-        model.train_step, train, batch, model.jit_compile, lambda: order(count, seed, next(epoch))
+        model.train_step, train, batch, model.jit_compile, lambda: order(count, seed, first() + next(passed))
     )
     model.test_function = _function(model.test_step, validation, large, model.jit_compile, lambda: last)
     # Keras asks its data for one step an epoch; the rows themselves are in the functions.

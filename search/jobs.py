@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,17 @@ def publish(folder: Path, journal: Journal, watcher: Watcher) -> None:
             watcher.say(BEHIND)
 
 
-def call(executor: Executor, job: Job, watcher: Watcher, slot: Slot | None = None) -> dict[str, Any]:
-    """Run one job that is not a trial and return its result.
+def call(
+    executor: Executor,
+    job: Job,
+    watcher: Watcher,
+    slot: Slot | None = None,
+    hear: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Run one job that is not a trial of the search and return its result.
+
+    Args:
+        hear: Is given every message of the job.
 
     Raises:
         RequestError: The job's own, by its class, or SpaceError if its process died.
@@ -70,7 +79,9 @@ def call(executor: Executor, job: Job, watcher: Watcher, slot: Slot | None = Non
                 watcher.say(event.text)
             elif event.job != job.id:
                 continue
-            elif isinstance(event, Message) and event.body["type"] == "failed":
+            if isinstance(event, Message):
+                hear(event.body)
+            if isinstance(event, Message) and event.body["type"] == "failed":
                 raise request_error(event.body.get("error"), event.body["message"])
             elif isinstance(event, Message) and event.body["type"] == "result":
                 result = event.body

@@ -30,6 +30,16 @@ def final(command: Any) -> Any:
     )(command)
 
 
+def checkpoint_minutes(command: Any) -> Any:
+    """How long trials may be before one that runs again should not begin from zero."""
+    return click.option(
+        "--checkpoint-minutes",
+        type=float,
+        metavar="M",
+        help="Save a running trial every M minutes; one that runs again continues from there [begins again].",
+    )(command)
+
+
 def search_options(command: Any) -> Any:
     """What `launch` and `check` search, and with what."""
     options = [
@@ -51,6 +61,7 @@ def search_options(command: Any) -> Any:
             show_default=True,
             help="End a training that for so long says nothing and uses no CPU time; 0 for never.",
         ),
+        click.option("--deterministic", is_flag=True, help="Train with operations alone that repeat to the bit."),
         click.option(
             "--confirm",
             type=int,

@@ -57,6 +57,7 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
                 "epochs": config.epochs,
                 "seed": 0,
                 "default": True,
+                "deterministic": config.deterministic,
             }
             ready = time.monotonic()
             seen = jobs.call(executor, Job("check", "check", payload), watcher, slot=executor.slots[0])

@@ -45,6 +45,8 @@ class StudyConfig:
         epochs: Overrides the module's number of epochs.
         trial_timeout: Seconds that a training may take, or None.
         heartbeat: Seconds without a word and without CPU time after which a training counts as hung; 0 for never.
+        deterministic: Trains with the backend's deterministic operations alone.
+        checkpoint_minutes: Between checkpoints that a trial which runs again continues from; None makes none.
         confirm: Configurations that are trained again after the search, 0 for none; None for one in ten trials,
             ten at most, while that is no more than a third of all trainings.
         confirm_seeds: Trainings of each of them and of the baseline.
@@ -73,6 +75,8 @@ class StudyConfig:
     epochs: int | None = None
     trial_timeout: float | None = None
     heartbeat: float = 600.0
+    deterministic: bool = False
+    checkpoint_minutes: float | None = None
     confirm: int | None = None
     confirm_seeds: int = SEEDS
     final: str | None = None
@@ -104,6 +108,12 @@ class StudyConfig:
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(word) for word in allowed if word)
                 raise RequestError(f"{_flag(name)} must be one of {words}, but got {getattr(self, name)!r}")
+        minutes = self.checkpoint_minutes
+        # Written so that NaN is refused as well.
+        if minutes is not None and (isinstance(minutes, bool) or not 0 < minutes < math.inf):
+            raise RequestError(f"--checkpoint-minutes must be a number above 0, but got {minutes!r}")
+        if not isinstance(self.deterministic, bool):
+            raise RequestError(f"--deterministic must be true or false, but got {self.deterministic!r}")
         if self.final not in (None, "retrain"):
             raise RequestError(
                 f"--final must be retrain, but got {self.final!r}; a model trained on every row is written by "

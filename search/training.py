@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from search import fused
+from search.checkpoints import Checkpoints
 from search.data import OpenRows
 from search.declaration import ends
 from search.errors import SpaceError, TrialFailed
@@ -83,11 +84,19 @@ class Reporter(keras.callbacks.Callback):
         """Report one epoch."""
         metrics = {name: float(value) for name, value in (logs or {}).items() if np.ndim(value) == 0}
         self.epochs.append(metrics)
-        self._send({"type": "report", "step": len(self.epochs), "metrics": metrics})
+        self._report(len(self.epochs), metrics)
         if math.isnan(metrics.get("loss", 0.0)):
             raise TrialFailed(
                 "nan", f"the training loss became NaN in epoch {len(self.epochs)}; try a lower learning rate"
             )
+
+    def again(self) -> None:
+        """Report the epochs of an earlier attempt, so that the record of the one that goes on is whole."""
+        for step, metrics in enumerate(self.epochs, start=1):
+            self._report(step, metrics)
+
+    def _report(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._send({"type": "report", "step": step, "metrics": metrics})
 
 
 def fit(
@@ -104,6 +113,7 @@ def fit(
     seed: int,
     send: Callable[[dict[str, Any]], None],
     keep_last: bool = False,
+    checkpoint: tuple[Path, float] | None = None,
 ) -> Fitted:
     """Train ``model`` on the train rows and leave the chosen epoch's weights in it.
 
@@ -116,6 +126,8 @@ def fit(
             the memory map batch by batch.
         keep_last: Train all epochs and keep the last one's weights, for a refit: its validation rows are trained
             on, so they can choose no epoch, for us or for callbacks of the module.
+        checkpoint: The trial's folder, and minutes between checkpoints in it; training goes on from one that is
+            there. None neither makes nor uses any.
     """
     most = epochs or int(hp.values.get("epochs", module.epochs or DEFAULT_EPOCHS))
     batch = int(hp.values.get("batch_size", DEFAULT_BATCH))
@@ -130,20 +142,29 @@ def fit(
     callbacks = [reporter, stopping, *module.callbacks(hp)]
     if keep_last:
         callbacks = [callback for callback in callbacks if not isinstance(callback, _CHOOSE_AN_EPOCH)]
+    first: Callable[[], int] = lambda: 0  # noqa: E731
+    if checkpoint is not None:
+        keeper = Checkpoints(*checkpoint, callbacks, lambda: _identity(module, hp, seed, most), reporter.again)
+        callbacks, first = [*callbacks, keeper], lambda: keeper.epoch
     keras.utils.set_random_seed(seed)
     if own is not None:
-        _fit_by_module(own, hp, model, rows, preprocess, budget, batch, most, callbacks, seed)
+        _fit_by_module(own, hp, model, rows, preprocess, budget, batch, most, callbacks, seed, first)
     elif fused.usable(model, callbacks) and rows.nbytes("train") + rows.nbytes("validation") <= budget:
         train = (joined(rows, "train", preprocess), *targets(rows, "train"))
         held = (joined(rows, "validation", preprocess), *targets(rows, "validation"))
         options = {"epochs": most, "callbacks": callbacks}
-        fused.fit(model, train, held, batch=batch, large=_large(rows), seed=seed, **options)
+        fused.fit(model, train, held, batch=batch, large=_large(rows), seed=seed, first=first, **options)
     else:
-        _fit_by_batches(model, rows, preprocess, budget, batch, most, callbacks, seed)
+        _fit_by_batches(model, rows, preprocess, budget, batch, most, callbacks, seed, first)
     chosen = not keep_last and reporter.epochs and objective in reporter.epochs[-1]
     at = stopping.best_epoch if chosen else None
     reported = reporter.epochs[at if at is not None else -1] if reporter.epochs else {}
     return Fitted(len(reporter.epochs), None if at is None else at + 1, reported)
+
+
+def _identity(module: SpaceModule, hp: TracingHyperParameters, seed: int, epochs: int) -> list[Any]:
+    """What tells a training from any other, in JSON."""
+    return [module.problem.digest, hp.asks, seed, epochs]
 
 
 def _fit_by_batches(
@@ -155,12 +176,13 @@ def _fit_by_batches(
     epochs: int,
     callbacks: list[Any],
     seed: int,
+    first: Callable[[], int],
 ) -> None:
     """The ordinary ``fit``, for what cannot run an epoch in one call."""
     if model.built:
         # Variables that appear while a function is traced make TensorFlow trace it twice.
         model.optimizer.build(model.trainable_variables)
-    train = batches(rows, "train", preprocess, batch=batch, budget=budget, seed=seed)
+    train = batches(rows, "train", preprocess, batch=batch, budget=budget, seed=seed, first=first)
     validation = batches(rows, "validation", preprocess, batch=_large(rows), budget=budget)
     steps = math.ceil(rows.size("train") / batch)
     _run_whole_epochs(model, steps, callbacks)
@@ -188,13 +210,16 @@ def _fit_by_module(
     epochs: int,
     callbacks: list[Any],
     seed: int,
+    first: Callable[[], int],
 ) -> None:
     """Call the module's own fit the way KerasTuner does: ``fit(hp, model, x, y, validation_data=…, …)``."""
     if rows.nbytes("train") + rows.nbytes("validation") <= budget:
         data: tuple[Any, ...] = (joined(rows, "train", preprocess), rows.labels("train"))
         validation: Any = (joined(rows, "validation", preprocess), rows.labels("validation"))
     else:
-        data = (batches(rows, "train", preprocess, batch=batch, budget=budget, seed=seed),)
+        # With an end, since it may not tell Keras how many make an epoch.
+        train = batches(rows, "train", preprocess, batch=batch, budget=budget, seed=seed, first=first, endless=False)
+        data = (train,)
         validation = batches(rows, "validation", preprocess, batch=_large(rows), budget=budget)
     weights = rows.weights()
     extra = {"sample_weight": weights} if weights is not None and len(data) == 2 else {}

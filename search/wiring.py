@@ -170,6 +170,8 @@ def drive(
             "default": trial.number == 0,
             "preflight": trial.number == 0 and discovery is not None,
             "log": str(place / "log.txt"),
+            "deterministic": config.deterministic,
+            "checkpoint_minutes": config.checkpoint_minutes,
         }
 
     def confirm(history: Sequence[Trial]) -> list[Trial]:

@@ -79,11 +79,12 @@ def load(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Job
         "objective": module.objective,
         "direction": module.direction,
         "epochs": module.epochs,
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Heldout and of what trains, samples and records with it, as installed here."""
     found = {}
     for name in (
         "heldout",
@@ -162,6 +163,8 @@ class _Trial:
 
         if payload.get("slot"):
             devices.apply(payload["slot"])
+        if payload.get("deterministic"):
+            devices.be_deterministic()
         self.payload = payload
         self.module = SpaceModule(Problem(**payload["problem"]))
         self.hp = TracingHyperParameters(
@@ -179,6 +182,8 @@ class _Trial:
         from search import training
 
         known = {name: self.payload[name] for name in ("objective", "direction", "budget", "seed")}
+        if (minutes := self.payload.get("checkpoint_minutes")) is not None:
+            known["checkpoint"] = Path(self.payload["folder"]), minutes
         given = (self.module, self.model, self.hp, self.rows, self.preprocess)
         return training.fit(*given, epochs=epochs, send=send, keep_last=keep_last, **known)
 
@@ -202,8 +207,9 @@ class _Trial:
 
 def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
     """Build, fit, and predict validation and guard features with the chosen weights."""
-    from search import devices, preflight, training
+    from search import checkpoints, devices, preflight, training
 
+    folder = Path(payload["folder"])
     running: _Trial | None = None
     try:
         running = _Trial(payload)
@@ -211,15 +217,17 @@ def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
         if payload.get("preflight"):
             send({"type": "preflight", **preflight.run(running), **running.described()})
         fitted = running.fit(payload.get("epochs"), reporting)
-        folder = Path(payload["folder"])
         paths = predictions(running.model, running.rows, running.preprocess, ("validation", "guard"), folder)
         weights = folder / "model.weights.h5"
         training.save(running.model, weights)
-    except BaseException:
+    except BaseException as error:
         # What it asked for is part of the record of a failed trial too.
         if running is not None:
             send({"type": "asks", "asks": running.hp.asks})
+        if isinstance(error, TrialFailed):  # of its own: to go on from before that would lead there again
+            checkpoints.remove(folder)
         raise
+    checkpoints.remove(folder)
     return {
         **running.described(),
         "predictions": paths,

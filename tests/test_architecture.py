@@ -23,7 +23,7 @@ LAYERS = (
     {"space", "store", "leakage"},
     {"data"},
     {"history", "tracing", "declaration", "scoring"},
-    {"fused"},
+    {"fused", "checkpoints"},
     {"feeding", "few_errors"},
     {"journal", "runs", "statistics", "salvage"},
     {"publisher", "verdicts", "candidates"},
@@ -37,7 +37,7 @@ LAYERS = (
     {"final", "winner"},
     {"freezing"},
     {"evaluation"},
-    {"wiring", "rehearsal"},
+    {"wiring", "rehearsal", "reproduction"},
     {"resuming"},
     {"export"},
     {"view", "ui", "options"},
@@ -64,7 +64,7 @@ STDLIB_ONLY = {
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
 SLOW = {
-    "keras": {"training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric"},
+    "keras": {"training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric", "checkpoints"},
     "keras_tuner": {"tracing"},
     "mlflow": {"tracking", "publisher"},
     "scipy": {"statistics", "intervals"},

@@ -100,6 +100,19 @@ def test_every_epoch_sees_every_row_once(tmp_path: Path) -> None:
         assert np.array_equal(np.sort(epoch, axis=0), np.sort(expected, axis=0))
 
 
+def test_each_pass_over_batches_for_a_modules_own_fit_is_an_epoch_with_an_end(tmp_path: Path) -> None:
+    running = Running(tmp_path, "passes")
+    asked = {"batch": 32, "budget": 0, "seed": 1, "first": lambda: 4, "endless": False}
+    data = feeding.batches(running.rows, "train", None, **asked)
+    expected = running.rows.features("train")
+    assert int(data.cardinality()) == -(-len(expected) // 32)
+    for epoch in (4, 5, 6):
+        seen = np.concatenate([np.asarray(x) for x, _ in data])
+        assert np.array_equal(seen, expected[fused.order(len(expected), 1, epoch)])
+    own = "def fit(hp, model, *args, **kwargs):\n    return model.fit(*args, shuffle=False, **kwargs)"
+    assert Running(tmp_path, "ends", rest=own).fit(budget=0, epochs=2).epochs == 2
+
+
 def test_an_epoch_in_one_call_agrees_with_the_ordinary_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logs: dict[str, list[dict[str, float]]] = {"fused": [], "ordinary": []}
     models = {}
