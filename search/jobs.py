@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from search import devices, publishing
+from search import devices, publishing, secrecy
 from search.errors import SpaceError, request_error
 from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot, Warned
 from search.executors.local import LocalExecutor
@@ -19,8 +20,23 @@ DISCOVERY_SECONDS = 20.0
 BEHIND = "MLflow has not caught up yet; `heldout resume` or `evaluate` lets it, and the journal has everything"
 
 
-def start_executor(slots: tuple[Slot, ...], problem: Problem, folder: Path, start_method: str | None) -> LocalExecutor:
-    """The local executor for one space, its template starting in the background."""
+def start_executor(
+    slots: tuple[Slot, ...], problem: Problem, folder: Path, start_method: str | None, env: Sequence[str] = ()
+) -> LocalExecutor:
+    """The local executor for one space, its template starting in the background.
+
+    Args:
+        env: Names of the variables that are secrets of the space; see ``secrecy.resolve``.
+
+    Raises:
+        RequestError: If one of them is not to be had, or is in what will be recorded.
+    """
+    secrets = secrecy.resolve(env)
+    secrecy.absent(secrets, problem.source, f"the space module {problem.path}")
+    secrecy.absent(secrets, f"{problem.path} {folder}", "a path that is recorded")
+    # A driver that was killed has left them as they were.
+    for log in (folder / "template.log", *folder.glob("trials/*/log.txt")):
+        secrecy.scrub_file(log)
     executor = LocalExecutor(
         slots,
         start_method=start_method,
@@ -28,6 +44,7 @@ def start_executor(slots: tuple[Slot, ...], problem: Problem, folder: Path, star
         path=[str(Path(problem.path).parent), os.getcwd()],
         log=folder / "template.log",
         template_threads=slots[0].threads,
+        secrets=secrets,
     )
     executor.start()
     return executor

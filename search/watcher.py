@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from search.trial import Report, Trial
@@ -25,3 +26,16 @@ class Silent:
     def ended(self, trial: Trial) -> None: ...
     def say(self, text: str) -> None: ...
     def tick(self) -> None: ...
+
+
+class Tending:
+    """A watcher that also looks after something at every tick."""
+
+    def __init__(self, watcher: Watcher, tend: Callable[[], None]) -> None:
+        self.started, self.epoch, self.ended, self.say = watcher.started, watcher.epoch, watcher.ended, watcher.say
+        self._tick, self._tend = watcher.tick, tend
+
+    def tick(self) -> None:
+        """Some time has passed."""
+        self._tend()
+        self._tick()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from search import devices, finalists, jobs, publishing
+from search import devices, finalists, jobs, publishing, secrecy
 from search.driver import Driver
 from search.errors import ExecutorError, RequestError, StudyError, TrialFailed
 from search.executors.local import LocalExecutor, start_method
@@ -18,7 +19,7 @@ from search.problem import Problem, find
 from search.samplers import get_sampler
 from search.study import Study, StudyConfig, locked, make_workspace, release, reserve, workspace_folder
 from search.trial import Trial, searched
-from search.watcher import Silent, Watcher
+from search.watcher import Silent, Tending, Watcher
 
 
 def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Study:
@@ -34,6 +35,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
         StudyFailed: If the study began and could not be completed; what was recorded stays.
     """
     config = StudyConfig(space=space, **options)
+    secrecy.absent(secrecy.resolve(config.env), json.dumps(config.to_json(), ensure_ascii=False), "a launch")
     from search.ledger import Ledger, times
 
     watcher = watcher or Silent()
@@ -49,7 +51,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     folder = reserve(workspace, config.study, problem.name)
     began = False
     try:
-        with locked(folder), jobs.start_executor(slots, problem, folder, config.start_method) as executor:
+        with locked(folder), jobs.start_executor(slots, problem, folder, config.start_method, config.env) as executor:
             watcher.say("loading the rows and building the default model")
             Ledger().ready()  # before anything is paid for that could not be recorded
             journal = Journal.create(folder / "journal.sqlite", {})
@@ -113,8 +115,10 @@ def resume(study: str, *, workspace: str | None = None, watcher: Watcher | None 
     problem = Problem(**found.meta("prepared")["problem"])
     slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
     uri = publishing.uri_of(meta)
-    publishing.check_uri(uri)
-    with locked(found.folder), jobs.start_executor(slots, problem, found.folder, config.start_method) as executor:
+    if (away := publishing.check_uri(uri, must_answer=False)) is not None:
+        watcher.say(f"{away}; going on without it, and MLflow gets everything once it is back")
+    starting = (slots, problem, found.folder, config.start_method, config.env)
+    with locked(found.folder), jobs.start_executor(*starting) as executor:
         journal = Journal.open(found.folder / "journal.sqlite")
         try:
             journal.put("state", "RUNNING")
@@ -148,8 +152,8 @@ def _study_meta(
         "user": _user(),
         "tags": dict(config.tags),
         "versions": prepared["versions"],
-        "tracking_uri": publishing.redacted(uri),
-        "tracking_secret": publishing.redacted(uri) != uri,
+        "tracking_uri": secrecy.redacted(uri),
+        "tracking_secret": secrecy.redacted(uri) != uri,
         "artifact_root": str(workspace / "artifacts"),
         "data": {key: prepared["manifest"][key] for key in ("digest", "fingerprint", "rows", "tiers")},
     }
@@ -166,6 +170,7 @@ def _drive(
 ) -> None:
     from search.judge import RowJudge
 
+    watcher = Tending(watcher, tracker.tend)
     meta, prepared = journal.get("study"), journal.get("prepared")
     config = StudyConfig(**meta["config"])
     judge = RowJudge(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from search import secrecy
 from search.errors import DataError, HeldoutError, RequestError, SpaceError, TrialFailed
 from search.problem import Problem, SpaceModule, first_line
 from search.space import Parameter
@@ -107,7 +109,7 @@ def _fit_preprocess(
     import keras
     import numpy as np
 
-    from search import declaration, feeding, leakage, training
+    from search import declaration, feeding, leakage, preflight, training
 
     keras.utils.set_random_seed(0)
     assert module.preprocess is not None
@@ -132,6 +134,14 @@ def _fit_preprocess(
                         f"or set `allow_nan = True` in {module.problem.path} if the model copes with NaN"
                     )
     training.save(model, path)
+    preflight.refuse_lambdas(path, module.problem.path)
+    _check_secrets(path)
+
+
+def _check_secrets(path: Path) -> None:
+    if (held := secrecy.held_by(path)) is not None:
+        path.unlink()
+        raise SpaceError(f"a model must not have a secret in it, but {held} is in a name or a setting of a layer")
 
 
 def discover(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
@@ -187,6 +197,7 @@ class _Trial:
         from search import preflight, training
 
         training.save(training.compose(self.model, self.preprocess, self.rows.manifest["x"]), path)
+        _check_secrets(path)
         return {**self.described(), "custom": list(preflight.custom_objects(path))}
 
     def described(self) -> dict[str, Any]:
@@ -215,6 +226,7 @@ def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
         paths = predictions(running.model, running.rows, running.preprocess, ("validation", "guard"), folder)
         weights = folder / "model.weights.h5"
         training.save(running.model, weights)
+        _check_secrets(weights)
     except BaseException:
         # What it asked for is part of the record of a failed trial too.
         if running is not None:
@@ -370,7 +382,8 @@ def register(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
     if payload["lineage"]["custom_objects"]:
         SpaceModule(Problem(**payload["problem"]))
     path, lineage = Path(payload["path"]), payload["lineage"]
-    return {"registered": registry.register_model(path, payload["name"], payload["uri"], lineage)}
+    uri = os.environ["MLFLOW_TRACKING_URI"]  # with credentials, so not in the payload
+    return {"registered": registry.register_model(path, payload["name"], uri, lineage)}
 
 
 JOBS: dict[str, Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], JobResult]] = {

@@ -17,6 +17,7 @@ MOST_LINES = 420
 # needs a place here, which is the moment to think about what it may know.
 LAYERS = (
     {"errors"},
+    {"secrecy"},
     {"trial", "channel", "problem", "rows", "metrics", "chain", "journal_file"},
     {"domain", "traces", "split", "ranks", "intervals", "ledger", "template", "publishing", "watcher", "finalists"},
     {"space", "store", "leakage"},
@@ -54,6 +55,7 @@ UPWARD_WHEN_CALLED = {
 STDLIB_ONLY = {
     *("errors", "trial", "space", "domain", "traces", "history", "journal", "journal_file", "driver"),
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
+    *("secrecy", "watcher"),
 }
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
