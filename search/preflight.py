@@ -215,9 +215,9 @@ def refuse_lambdas(file: Path, where: str) -> None:
         inside = node["config"].get("function") if isinstance(node["config"], dict) else None
         if isinstance(inside, dict) and inside.get("class_name") == "__lambda__":
             raise SpaceError(
-                f"{where}: the layer {node['config'].get('name')!r} is a {node['class_name']} around a Python function, "
-                "and Keras loads no code from a file; use a layer of Keras' own such as Rescaling, keras.ops, or a layer "
-                "of your own with @keras.saving.register_keras_serializable()"
+                f"{where}: the layer {node['config'].get('name')!r} is a {node['class_name']} around Python code, "
+                "and Keras loads no code from a file; use one of Keras' own layers, keras.ops, or a layer of your own "
+                "with @keras.saving.register_keras_serializable()"
             )
 
 
