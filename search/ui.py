@@ -92,7 +92,7 @@ def serve(workspace: str | os.PathLike[str] | None = None, port: int = 5000, hos
         # Its job runner is for features that we have no use for: four times the memory and start-up.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
-    if not is_loopback(host):
+    if host != HOST:
         environment = _allowed(host) | environment  # what the user has set counts
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
