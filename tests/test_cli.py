@@ -167,10 +167,10 @@ def test_json_output_is_json_even_where_a_trial_reported_nan(recorded: Path, hel
 
 
 def test_a_traceback_is_shown_with_debug_alone_and_the_exit_code_stays(recorded: Path, heldout: Heldout) -> None:
-    (recorded / "studies" / "s" / "tracking.json").write_text("{")  # what nobody foresaw
+    (recorded / "studies" / "s" / "tracking.json").mkdir()  # what nobody foresaw
     ran = heldout("report", "s", "--workspace", str(recorded))
     assert ran.returncode == 1 and "Traceback" not in ran.stderr
-    assert len(ran.stderr.splitlines()) == 1 and ran.stderr.startswith("heldout: JSONDecodeError: ")
+    assert len(ran.stderr.splitlines()) == 1 and ran.stderr.startswith("heldout: IsADirectoryError: ")
     assert "Traceback" in heldout("--debug", "report", "s", "--workspace", str(recorded)).stderr
 
     unknown = heldout("--debug", "report", "other", "--workspace", str(recorded))
