@@ -39,7 +39,6 @@ _SERVERS = ("http", "https")
 _known: dict[str, str] = {}  # every form of every secret, and what stands in its place
 _values: dict[str, str] = {}  # the secrets themselves, by what stands in their place
 _texts: re.Pattern[str] | None = None
-_bytes: re.Pattern[bytes] | None = None
 
 
 # ---- variables
@@ -180,7 +179,7 @@ def learn(secrets: Mapping[str, str], mark: str | None = None) -> None:
     Args:
         secrets: Values by what shall stand in their place, unless that is ``mark``.
     """
-    global _texts, _bytes
+    global _texts
     for shown, value in secrets.items():
         for form in _forms(value):
             _known.setdefault(form, mark or shown)
@@ -189,7 +188,6 @@ def learn(secrets: Mapping[str, str], mark: str | None = None) -> None:
     if _known:
         longest = sorted(_known, key=len, reverse=True)
         _texts = re.compile("|".join(map(re.escape, longest)))
-        _bytes = re.compile(b"|".join(re.escape(os.fsencode(form)) for form in longest))
 
 
 def scrub(text: str) -> str:
@@ -222,15 +220,18 @@ def scrub_file(path: str | os.PathLike[str]) -> None:
     In place, since a copy would leave them in the blocks that are given back, needs room on a disk that may be full,
     and is not the file that a process which lingers goes on writing to.
     """
-    if _bytes is None:
+    if not _known:
         return
     # Whoever can write the file can put a link, a pipe or nothing in its place.
     with contextlib.suppress(OSError), open(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK), "r+b") as file:
         status = os.fstat(file.fileno())
         if stat.S_ISREG(status.st_mode) and status.st_size:
             with mmap.mmap(file.fileno(), 0) as text:
-                for start, end in [found.span() for found in _bytes.finditer(text)]:
-                    text[start:end] = b"*" * (end - start)
+                # One after the other, since that takes a third of the time of an expression that has them all.
+                for form in sorted(_known, key=len, reverse=True):
+                    raw, at = os.fsencode(form), -1
+                    while (at := text.find(raw, at + 1)) >= 0:
+                        text[at : at + len(raw)] = b"*" * len(raw)
 
 
 def held_by(path: Path) -> str | None:

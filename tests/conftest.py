@@ -26,7 +26,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HELDOUT_LEDGER", str(folder / "ledger.jsonl"))
     monkeypatch.setenv("HELDOUT_WORKSPACE", str(folder / "workspace"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for name, empty in (("_known", {}), ("_values", {}), ("_texts", None), ("_bytes", None)):  # secrets of other tests
+    for name, empty in (("_known", {}), ("_values", {}), ("_texts", None)):  # secrets of other tests
         monkeypatch.setattr(secrecy, name, empty)
     return folder
 

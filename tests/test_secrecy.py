@@ -41,7 +41,7 @@ WRITTEN: dict[str, Callable[[str], str]] = {
 def forget() -> None:
     secrecy._known.clear()
     secrecy._values.clear()
-    secrecy._texts = secrecy._bytes = None
+    secrecy._texts = None
 
 
 # ---- where they come from

@@ -152,7 +152,8 @@ class LocalExecutor:
             os.close(fd)
             raise
         self._running[job.id] = _Running(link, slot, job.log)
-        self._logs |= {job.log} if job.log is not None else set()
+        if job.log is not None:
+            self._logs.add(job.log)
         env = {**job.env, **(slot.env if slot else {})}
         self._control.queue({"run": job.id, "log": job.log, "env": env}, (fd,))
 
