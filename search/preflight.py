@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from search import feeding, metrics, scoring, training
+from search import feeding, metrics, scoring, secrecy, training
 from search.declaration import declare
 from search.errors import HeldoutError, RequestError, SpaceError
 from search.problem import first_line
@@ -174,6 +174,7 @@ def _check_export(running: Any) -> list[dict[str, str]]:
             composed = training.compose(running.model, running.preprocess, running.rows.manifest["x"])
             training.save(composed, file)
             refuse_lambdas(file, running.module.problem.path)
+            refuse_secrets(file, running.module.problem.path)
             custom = list(custom_objects(file))
             for item in custom:
                 _refuse_unregistered(item, running.module)
@@ -219,6 +220,17 @@ def refuse_lambdas(file: Path, where: str) -> None:
                 "and Keras loads no code from a file; use one of Keras' own layers, keras.ops, or a layer of your own "
                 "with @keras.saving.register_keras_serializable()"
             )
+
+
+def refuse_secrets(file: Path, where: str) -> None:
+    """Refuse, and remove, a file of weights or a model that has the value of a ``--env`` variable in it.
+
+    Raises:
+        SpaceError: With the variable's name.
+    """
+    if (held := secrecy.held_by(file)) is not None:
+        file.unlink()
+        raise SpaceError(f"{where}: a model must have no secret in it, but {held} is in a name or setting of a layer")
 
 
 def custom_objects(path: Path) -> Iterator[dict[str, str]]:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from search import secrecy
 from search.errors import DataError, HeldoutError, RequestError, SpaceError, TrialFailed
 from search.problem import Problem, SpaceModule, first_line
 from search.space import Parameter
@@ -135,13 +134,7 @@ def _fit_preprocess(
                     )
     training.save(model, path)
     preflight.refuse_lambdas(path, module.problem.path)
-    _check_secrets(path)
-
-
-def _check_secrets(path: Path) -> None:
-    if (held := secrecy.held_by(path)) is not None:
-        path.unlink()
-        raise SpaceError(f"a model must not have a secret in it, but {held} is in a name or a setting of a layer")
+    preflight.refuse_secrets(path, module.problem.path)
 
 
 def discover(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
@@ -197,7 +190,7 @@ class _Trial:
         from search import preflight, training
 
         training.save(training.compose(self.model, self.preprocess, self.rows.manifest["x"]), path)
-        _check_secrets(path)
+        preflight.refuse_secrets(path, self.module.problem.path)
         return {**self.described(), "custom": list(preflight.custom_objects(path))}
 
     def described(self) -> dict[str, Any]:
@@ -226,7 +219,7 @@ def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
         paths = predictions(running.model, running.rows, running.preprocess, ("validation", "guard"), folder)
         weights = folder / "model.weights.h5"
         training.save(running.model, weights)
-        _check_secrets(weights)
+        preflight.refuse_secrets(weights, running.module.problem.path)
     except BaseException:
         # What it asked for is part of the record of a failed trial too.
         if running is not None:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -184,3 +185,44 @@ def test_planted_secrets_are_nowhere(tmp_path: Path, heldout: Heldout) -> None:
         for form in forms(secret_text):
             holders = [str(path) for path, content in left.items() if form in content]
             assert not holders, (secret_text, form, holders)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--env", "MISSING"], "--env MISSING must find the variable MISSING, or MISSING_FILE"),
+        (["--env", f"FILED={FILED}"], "--env must be the name of a variable, but got 'FILED='; leave the value out"),
+        (["--env", "FILED", "--tag", f"login={FILED}"], "a launch must not have the value of --env FILED in it"),
+        (["--env", "FILED", "--env", "WRITTEN"], "the space module .* must not have the value of --env WRITTEN in it"),
+        (["--env", "PLACE"], "must not have the value of --env PLACE in it"),
+    ],
+)
+def test_a_secret_that_would_be_recorded_is_refused_and_not_told(
+    tmp_path: Path, heldout: Heldout, arguments: list[str], said: str
+) -> None:
+    space = write_space(tmp_path, "writing", rest=f"PASSWORD = {PASSWORD!r}")
+    variables = {"FILED": FILED, "WRITTEN": PASSWORD, "PLACE": str(tmp_path)}
+    ran = heldout("launch", space, *arguments, "--workspace", str(tmp_path / "ws"), **variables)
+    assert ran.returncode == 2 and re.search(said, ran.stderr), ran.stderr
+    assert len(ran.stderr.splitlines()) == 1 and not ran.stdout
+    assert not any(form in ran.stderr.encode() for secret in (FILED, PASSWORD) for form in forms(secret))
+    studies = tmp_path / "ws" / "studies"
+    assert not studies.exists() or not list(studies.iterdir())
+
+
+def test_a_model_that_holds_a_secret_is_refused(tmp_path: Path, heldout: Heldout) -> None:
+    rest = "import os"
+    build = (
+        "def build(hp):\n"
+        "    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, activation='softmax',\n"
+        "                              name=os.environ['FILED'])])\n"
+        "    model.compile('adam', 'sparse_categorical_crossentropy', metrics=['accuracy'])\n"
+        "    return model"
+    )
+    space = write_space(tmp_path, "naming", build=build, rest=rest)
+    where = ("--workspace", str(tmp_path / "ws"), "--trials", "1", "--env", "FILED")
+    ran = heldout("launch", space, *where, FILED=FILED)
+    assert ran.returncode == 2, ran.stderr
+    assert "a model must have no secret in it, but ***FILED*** is in a name or setting of a layer" in ran.stderr
+    assert not list((tmp_path / "ws" / "studies").iterdir())
+    assert not [path for path in files(tmp_path / "ws") if FILED.encode() in path.read_bytes()]
