@@ -47,7 +47,7 @@ def evaluate(study: Study, *, final: str | None = None, watcher: Watcher | None 
     with locked(study.folder):
         journal = Journal.open(study.folder / "journal.sqlite")
         try:
-            slots, env = jobs.one_slot(), journal.get("study")["config"].get("env", ())
+            slots, env = jobs.one_slot(), jobs.secrets_of(journal)
             with jobs.start_executor(slots, problem, study.folder, None, env) as executor:
                 # Asking again means the same models again, and so the recorded answer.
                 asked = journal.get("frozen") or journal.get("study")["config"]

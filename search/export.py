@@ -81,7 +81,7 @@ def export(
         with _beside(folder) as scratch:
             made = Path(scratch) / "out"
             made.mkdir()
-            env = journal.get("study")["config"].get("env", ())
+            env = jobs.secrets_of(journal)
             starting = (jobs.one_slot(), Problem(**prepared["problem"]), Path(scratch), None, env)
             with jobs.start_executor(*starting) as executor:
                 model = _built(journal, executor, watcher, chosen, made / "model.keras", final, trial is not None)

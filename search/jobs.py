@@ -55,6 +55,11 @@ def one_slot() -> tuple[Slot, ...]:
     return devices.slots(1, "none", None, None)
 
 
+def secrets_of(journal: Journal) -> tuple[str, ...]:
+    """Names of the variables that the study's processes need; none in a study of an earlier release."""
+    return tuple((journal.get("study").get("config") or {}).get("env") or ())
+
+
 def publish(folder: Path, journal: Journal, watcher: Watcher) -> None:
     """Let MLflow catch up with what was put in the journal after the study's end."""
     with publishing.start(folder, publishing.uri_of(journal.get("study"))) as tracker:
