@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from search import options
+from search import options, secrecy
 from search.errors import HeldoutError, RequestError, StudyFailed, StudyStopped
 
 if TYPE_CHECKING:
@@ -30,17 +30,13 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except HeldoutError as error:
-            if ctx.params.get("debug"):
-                traceback.print_exc()
-            click.echo(f"heldout: {error}", err=True)
+            _say_error(str(error), bool(ctx.params.get("debug")))
             ctx.exit(2 if isinstance(error, RequestError) else 1)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
-            if ctx.params.get("debug"):
-                traceback.print_exc()
-            said = " ".join(str(error).split())[:300]
-            click.echo(f"heldout: {type(error).__name__}: {said} (where: `heldout --debug …`)", err=True)
+            said = " ".join(secrecy.scrub(str(error)).split())[:300]
+            _say_error(f"{type(error).__name__}: {said} (where: `heldout --debug …`)", bool(ctx.params.get("debug")))
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("heldout: stopped", err=True)
@@ -355,15 +351,18 @@ def ledger(as_json: bool) -> None:
 
 @main.command()
 @click.option("--port", type=int, default=5000, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for every one.")
 @options.workspace
-def ui(port: int, workspace: str | None) -> None:
-    """Start MLflow's UI on the workspace, on this machine only."""
+def ui(port: int, host: str, workspace: str | None) -> None:
+    """Start MLflow's UI on the workspace, for this machine only unless --host says otherwise."""
     from search.study import names, workspace_folder
-    from search.ui import serve
+    from search.ui import is_loopback, serve
 
     folder = workspace_folder(workspace)
     click.echo("starting MLflow's server, which takes some seconds …")
-    with serve(folder, port) as server:
+    if not is_loopback(host):
+        click.echo(f"whoever reaches {host} can read and delete every run: MLflow asks for no password", err=True)
+    with serve(folder, port, host) as server:
         click.echo(f"MLflow shows the workspace at {server.url}/?workflowType=machine_learning (stop with Ctrl-C)")
         for name in names(folder)[-5:]:
             link = _compare_link(name, workspace, server.url)
@@ -388,6 +387,14 @@ def _watching(planned: int | None, as_json: bool, earlier: Sequence[Trial] = ())
         return
     with View(Console(stderr=True), planned, earlier) as view:
         yield view
+
+
+def _say_error(text: str, debug: bool) -> None:
+    """One line for an error, after its traceback if that is wanted; neither shows a secret."""
+    secrecy.learn_tracking(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    if debug:
+        click.echo(secrecy.scrub(traceback.format_exc()), err=True, nl=False)
+    click.echo(secrecy.scrub(f"heldout: {text}"), err=True)
 
 
 def _trainings(config: StudyConfig) -> int:

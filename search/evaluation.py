@@ -48,8 +48,8 @@ def evaluate(study: Study, *, final: str | None = None, watcher: Watcher | None 
     with locked(study.folder):
         journal = Journal.open(study.folder / "journal.sqlite")
         try:
-            slots = jobs.one_slot()
-            with jobs.start_executor(slots, problem, study.folder, None) as executor:
+            slots, env = jobs.one_slot(), jobs.secrets_of(journal)
+            with jobs.start_executor(slots, problem, study.folder, None, env) as executor:
                 # Asking again means the same models again, and so the recorded answer.
                 asked = journal.get("frozen") or journal.get("study")["config"]
                 conclude(study.folder, journal, executor, watcher, opening="yes", final=final or asked["final"])

@@ -20,7 +20,7 @@ from search.journal import Journal
 from search.judge import RowJudge
 from search.problem import Problem
 from search.report import number
-from search.study import Study
+from search.study import Study, check_name
 from search.trial import Trial, TrialState, best
 from search.watcher import Silent, Watcher
 
@@ -66,9 +66,11 @@ def export(
             f"only a complete study can be refitted on its sealed rows, but {study.name!r} is {study.state}; "
             f"`heldout resume {study.name}` first"
         )
+    if register is not None:
+        check_name(register, "a model's name")
     if format not in FORMATS:
         raise RequestError(f"--format must be one of {', '.join(FORMATS)}, but got {format!r}")
-    folder = Path(out).expanduser().absolute()
+    folder = Path(out).expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RequestError(f"--out must be a new or empty folder, but {folder} is not; choose another")
     watcher = watcher or Silent()
@@ -79,14 +81,16 @@ def export(
         with _beside(folder) as scratch:
             made = Path(scratch) / "out"
             made.mkdir()
-            with jobs.start_executor(jobs.one_slot(), Problem(**prepared["problem"]), Path(scratch), None) as executor:
+            env = jobs.secrets_of(journal)
+            starting = (jobs.one_slot(), Problem(**prepared["problem"]), Path(scratch), None, env)
+            with jobs.start_executor(*starting) as executor:
                 model = _built(journal, executor, watcher, chosen, made / "model.keras", final, trial is not None)
                 lineage = _written(study, journal, executor, watcher, chosen, model, format)
                 if register is not None:
                     watcher.say(f"registering {register}")
                     asked = {"problem": prepared["problem"], "path": str(made / "model.keras")}
-                    asked |= {"name": register, "uri": uri, "lineage": lineage}
-                    job = Job("register", "register", asked, env=publishing.MLFLOW_ENVIRONMENT)
+                    asked |= {"name": register, "lineage": lineage}
+                    job = Job("register", "register", asked, env=publishing.credentials(uri))
                     done = jobs.call(executor, job, watcher, executor.slots[0])
                     lineage["registered"] = done["registered"]
                     _write_json(made / "lineage.json", lineage)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from search import devices, publishing
+from search import devices, publishing, secrecy
 from search.errors import SpaceError, request_error
 from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot, Warned
 from search.executors.local import LocalExecutor
@@ -22,14 +22,29 @@ BEHIND = "MLflow has not caught up yet; `heldout resume` or `evaluate` lets it, 
 
 
 def start_executor(
-    slots: tuple[Slot, ...], problem: Problem, folder: Path, start_method: str | None, hold: Sequence[int] = ()
+    slots: tuple[Slot, ...],
+    problem: Problem,
+    folder: Path,
+    start_method: str | None,
+    env: Sequence[str] = (),
+    hold: Sequence[int] = (),
 ) -> LocalExecutor:
     """The local executor for one space, its template starting in the background.
 
     Args:
         folder: Gets the template's log.
         hold: As of ``LocalExecutor``.
+        env: Names of the variables that are secrets of the space; see ``secrecy.resolve``.
+
+    Raises:
+        RequestError: If one of them is not to be had, or is in what will be recorded.
     """
+    secrets = secrecy.resolve(env)
+    secrecy.absent(secrets, problem.source, f"the space module {problem.path}")
+    secrecy.absent(secrets, f"{problem.path} {folder}", "a path that is recorded")
+    # A driver that was killed has left them as they were.
+    for log in (folder / "template.log", *folder.glob("trials/*/log.txt")):
+        secrecy.scrub_file(log)
     executor = LocalExecutor(
         slots,
         start_method=start_method,
@@ -38,6 +53,7 @@ def start_executor(
         log=folder / "template.log",
         template_threads=slots[0].threads,
         hold=hold,
+        secrets=secrets,
     )
     executor.start()
     return executor
@@ -46,6 +62,11 @@ def start_executor(
 def one_slot() -> tuple[Slot, ...]:
     """A single CPU slot with all threads, for evaluation and export."""
     return devices.slots(1, "none", None, None)
+
+
+def secrets_of(journal: Journal) -> tuple[str, ...]:
+    """Names of the variables that the study's processes need; none in a study of an earlier release."""
+    return tuple((journal.get("study").get("config") or {}).get("env") or ())
 
 
 def publish(folder: Path, journal: Journal, watcher: Watcher) -> None:

@@ -77,6 +77,12 @@ def search_options(command: Any) -> Any:
             help="Trainings of each of them, and of the baseline.",
         ),
         click.option(
+            "--env",
+            multiple=True,
+            metavar="NAME",
+            help="A secret for trials: the variable NAME, or the file that NAME_FILE names; may be repeated.",
+        ),
+        click.option(
             "--start-method",
             type=click.Choice(["fork", "spawn"]),
             help="How trial processes start [fork on Linux].",

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from search import feeding, metrics, scoring, training
+from search import feeding, metrics, scoring, secrecy, training
 from search.declaration import declare
 from search.errors import HeldoutError, RequestError, SpaceError
 from search.problem import first_line
@@ -173,6 +173,8 @@ def _check_export(running: Any) -> list[dict[str, str]]:
         try:
             composed = training.compose(running.model, running.preprocess, running.rows.manifest["x"])
             training.save(composed, file)
+            refuse_lambdas(file, running.module.problem.path)
+            refuse_secrets(file, running.module.problem.path)
             custom = list(custom_objects(file))
             for item in custom:
                 _refuse_unregistered(item, running.module)
@@ -182,8 +184,7 @@ def _check_export(running: Any) -> list[dict[str, str]]:
         except Exception as error:
             raise SpaceError(
                 f"{running.module.problem.path}: the model could be trained but not exported: {type(error).__name__}: "
-                f"{first_line(error)} (a custom layer needs get_config(); a Lambda needs a registered layer "
-                "in its place)"
+                f"{first_line(error)} (a custom layer needs get_config())"
             ) from error
     return custom
 
@@ -205,18 +206,48 @@ def _refuse_unregistered(item: dict[str, str], module: Any) -> None:
     )
 
 
+def refuse_lambdas(file: Path, where: str) -> None:
+    """Refuse a ``.keras`` file with a Python lambda in it, which is code that nobody should run from a file.
+
+    Raises:
+        SpaceError: With the layer's name and what to use instead.
+    """
+    for node in _objects(_config(file)):
+        inside = node["config"].get("function") if isinstance(node["config"], dict) else None
+        if isinstance(inside, dict) and inside.get("class_name") == "__lambda__":
+            raise SpaceError(
+                f"{where}: the layer {node['config'].get('name')!r} is a {node['class_name']} around Python code, "
+                "and Keras loads no code from a file; use one of Keras' own layers, keras.ops, or a layer of your own "
+                "with @keras.saving.register_keras_serializable()"
+            )
+
+
+def refuse_secrets(file: Path, where: str) -> None:
+    """Refuse, and remove, a file of weights or a model that has the value of a ``--env`` variable in it.
+
+    Raises:
+        SpaceError: With the variable's name.
+    """
+    if (held := secrecy.held_by(file)) is not None:
+        file.unlink()
+        raise SpaceError(f"{where}: a model must have no secret in it, but {held} is in a name or setting of a layer")
+
+
 def custom_objects(path: Path) -> Iterator[dict[str, str]]:
     """The custom classes that a ``.keras`` file refers to: ``class``, ``module``, and ``registered`` (empty if not)."""
-    with zipfile.ZipFile(path) as archive:
-        config = json.loads(archive.read("config.json"))
     seen = set()
-    for node in _objects(config):
+    for node in _objects(_config(path)):
         module, name = node.get("module") or "", node["class_name"]
         registered = node.get("registered_name") or ""
         ours = module and not module.startswith("keras") and module not in ("builtins", "numpy")
         if (ours or ">" in registered) and (module, name) not in seen:
             seen.add((module, name))
             yield {"class": name, "module": module, "registered": registered if ">" in registered else ""}
+
+
+def _config(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        return json.loads(archive.read("config.json"))
 
 
 def _objects(node: Any) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from search import secrecy
 from search.errors import HeldoutError, SpaceError, TrialFailed
 
 _CHECKOUT_SPACES = Path(__file__).resolve().parent.parent / "spaces"
@@ -301,5 +302,6 @@ class _Blaming:
 
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an error's message, cut to a readable length."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Without secrets before it is cut: half of one would not be known again.
+    lines = [line.strip() for line in secrecy.scrub(str(error)).splitlines() if line.strip()]
     return (lines[0] if lines else "no message")[:300]

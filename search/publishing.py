@@ -25,7 +25,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from search import secrecy
 from search.errors import TrackingError
+from search.secrecy import redacted
 
 STATE_FILE = "tracking.json"
 LOG_FILE = "tracking.log"
@@ -45,6 +47,7 @@ _CHECK_SECONDS = 5.0
 _READY_SECONDS = 30.0
 _FINISH_SECONDS = 60.0
 _STOP_SECONDS = 2.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # before a tracker that died is started again
 
 
 def default_uri(workspace: Path) -> str:
@@ -68,33 +71,29 @@ def uri_of(study: Mapping[str, Any]) -> str:
     """
     recorded, given = str(study["tracking_uri"]), anchored(os.environ.get("MLFLOW_TRACKING_URI", ""))
     if redacted(given) == recorded:
+        secrecy.learn_tracking(given)
         return given
     if study.get("tracking_secret"):
         raise TrackingError(f"set MLFLOW_TRACKING_URI to {recorded} with its credentials, which are not recorded")
     return recorded
 
 
-def redacted(uri: str) -> str:
-    """The address without user, password and query, fit to be shown and stored."""
-    scheme, separator, rest = uri.partition("://")
-    if not separator or scheme.split("+")[0] == "sqlite":
-        return uri
-    rest = rest.partition("?")[0]
-    if scheme in _SERVERS and "@" not in rest.partition("/")[0] and _has_good_port(uri):
-        return f"{scheme}://{rest}"  # any "@" is part of the path
-    # Database drivers allow "/" and "@" in a password, so everything up to the last "@" may be one.
-    return f"{scheme}://{rest.rpartition('@')[2]}"
-
-
-def check_uri(uri: str) -> None:
+def check_uri(uri: str, must_answer: bool = True) -> str | None:
     """Finds out within seconds whether an address can be MLflow's; writes nothing.
 
     A database server is not asked here, because its driver comes with MLflow: see ``Tracker.ready``.
+
+    Args:
+        must_answer: A server that does not answer is an error too.
+
+    Returns:
+        Why a server does not answer, in one line, if it need not; None if it does.
 
     Raises:
         TrackingError: If the scheme is none of MLflow's, the server does not answer or refuses us, or
             the SQLite file cannot be written.
     """
+    secrecy.learn_tracking(uri)
     scheme, separator, rest = uri.partition("://")
     base = scheme.split("+")[0]
     if not separator or base not in _SERVERS + _DATABASES:
@@ -106,7 +105,18 @@ def check_uri(uri: str) -> None:
     if base == "sqlite":
         _check_file(rest.partition("?")[0], uri)
     elif scheme in _SERVERS:
-        _check_server(uri)
+        away = _check_server(uri)
+        if away is not None and must_answer:
+            raise TrackingError(
+                f"{away}; start it, correct the tracking URI, or leave it out to use the workspace's own SQLite file"
+            )
+        return away
+    return None
+
+
+def credentials(uri: str) -> dict[str, str]:
+    """What a process needs in its environment to publish there and did not inherit, because trials must not have it."""
+    return {**MLFLOW_ENVIRONMENT, **secrecy.withheld(os.environ), "MLFLOW_TRACKING_URI": uri}
 
 
 def read(study_dir: Path) -> dict[str, Any]:
@@ -142,31 +152,32 @@ def start(study_dir: Path, uri: str) -> Tracker:
         uri: MLflow's address, credentials included; handed over in the process's environment, because
             a command line can be read by everybody.
     """
-    command = [sys.executable, "-P", "-m", "search.tracking", str(study_dir.absolute())]
-    environment = {**os.environ, **TRACKER_ENVIRONMENT, **_python_path()}
-    environment["MLFLOW_TRACKING_URI"] = uri
-    with (study_dir / LOG_FILE).open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-            # Ctrl-C in the terminal is for the driver, whose end the tracker sees as its stdin's.
-            start_new_session=True,
-        )
-    return Tracker(process, uri, study_dir / LOG_FILE)
+    secrecy.learn_tracking(uri)
+    return Tracker(study_dir.absolute(), uri)
 
 
 class Tracker:
     """A running tracker. A context manager: left without ``finish``, it ends the process at once."""
 
-    def __init__(self, process: subprocess.Popen[bytes], uri: str, log: Path) -> None:
-        self._process = process
-        self._uri = uri
-        self._log = log
-        self._said = b""
-        self._ready = False
+    def __init__(self, study_dir: Path, uri: str) -> None:
+        self._study_dir, self._uri = study_dir, uri
+        self._log = study_dir / LOG_FILE
+        self._pause, self._again_at = _FIRST_PAUSE, 0.0
+        self._launch()
+
+    def _launch(self) -> None:
+        self._said, self._ready = b"", False
+        self._began = time.monotonic()
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "search.tracking", str(self._study_dir)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **TRACKER_ENVIRONMENT, **_python_path(), "MLFLOW_TRACKING_URI": self._uri},
+                # Ctrl-C in the terminal is for the driver, whose end the tracker sees as its stdin's.
+                start_new_session=True,
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -194,22 +205,62 @@ class Tracker:
             pass
         return self._ready
 
+    def tend(self) -> None:
+        """Starts the process again if it has died, with a growing pause; to be called about once a second.
+
+        Whatever killed it, the next one goes on where MLflow's own record ends, so nothing is there twice. Never
+        raises: where a process cannot be had now, it is tried again later.
+        """
+        if self._process.poll() is None:
+            return
+        now = time.monotonic()
+        if self._again_at <= self._began:  # news: it has died since it was started last
+            if now - self._began > _LONGEST_PAUSE:
+                self._pause = _FIRST_PAUSE
+            self._again_at = now + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        if now >= self._again_at:
+            self._relaunch()
+
+    def _relaunch(self) -> bool:
+        self._drop_pipes()
+        try:
+            self._launch()
+        except OSError:  # no memory, no process number, no room for the log
+            return False
+        return True
+
     def finish(self, timeout: float = _FINISH_SECONDS) -> bool:
         """Lets the tracker publish the rest, and ends it; put the journal's ``state`` first.
+
+        One that is dead, or dies over this, is started once more.
 
         Returns:
             Whether everything is published. If not, starting a tracker later continues.
         """
+        deadline = time.monotonic() + timeout
+        lives = 2
+        if self._process.poll() is not None:
+            lives = 1
+            self._relaunch()
+        while True:
+            self._bid_end(max(0.0, deadline - time.monotonic()))
+            lives -= 1
+            code = self._process.poll()
+            if not lives or (code is not None and code >= 0) or time.monotonic() >= deadline or not self._relaunch():
+                break
+        self.close()
+        return self._process.returncode == 0
+
+    def _bid_end(self, seconds: float) -> None:
         stdin = self._process.stdin
         assert stdin is not None
         # How long it may take is the last thing it hears; killed later than that it would lose nothing.
         with contextlib.suppress(OSError, ValueError):
-            stdin.write(f"{timeout}\n".encode())
+            stdin.write(f"{seconds}\n".encode())
             stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout + 1.0)
-        self.close()
-        return self._process.returncode == 0
+            self._process.wait(seconds + 1.0)
 
     def close(self) -> None:
         """Ends the process at once. What MLflow has by then stays, each trial once."""
@@ -220,6 +271,9 @@ class Tracker:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        self._drop_pipes()
+
+    def _drop_pipes(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
@@ -251,18 +305,11 @@ def _python_path() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))}
 
 
-def _has_good_port(uri: str) -> bool:
-    try:
-        _ = urllib.parse.urlsplit(uri).port
-    except ValueError:
-        return False
-    return True
-
-
 def _check_file(path: str, uri: str) -> None:
     """SQLAlchemy's form: three slashes and a relative path, four and an absolute one."""
     if not path.startswith("/") or path in ("/", "/:memory:"):
-        raise TrackingError(f"a SQLite tracking URI must name a file, as in sqlite:///mlflow.db, but got {uri!r}")
+        shown = redacted(uri)
+        raise TrackingError(f"a SQLite tracking URI must name a file, as in sqlite:///mlflow.db, but got {shown!r}")
     file = Path(path[1:]).absolute()
     try:
         if file.exists():
@@ -281,8 +328,14 @@ def _check_file(path: str, uri: str) -> None:
         ) from None
 
 
-def _check_server(uri: str) -> None:
+def _check_server(uri: str) -> str | None:
+    """Why the server does not answer, or None."""
     shown = redacted(uri)
+    if not secrecy.has_good_port(uri):  # the parser's own words would quote a piece of the password
+        hint = "; in user and password write '/', '?', '#', ':' and '@' as %2F, %3F, %23, %3A and %40"
+        raise TrackingError(
+            f"the tracking server {shown} must have an address that can be read{hint if '@' in uri else ''}"
+        )
     try:
         status = _status(uri, "/health")
         if status != 200:
@@ -290,17 +343,17 @@ def _check_server(uri: str) -> None:
             status = _status(uri, "/api/2.0/mlflow/experiments/search?max_results=1")
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise TrackingError(
-            f"the tracking server {shown} must answer, but: {reason}; start it, correct the tracking URI, "
-            "or leave it out to use the workspace's own SQLite file"
-        ) from None
+        return f"the tracking server {shown} must answer, but: {secrecy.scrub(str(reason))}"
     if status in (401, 403):
         raise TrackingError(
             f"the tracking server {shown} refuses us ({status}); set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
+    if status in (502, 503, 504):  # a gateway, for a server that is away
+        return f"the tracking server {shown} must answer, but it answers {status}"
     if status != 200:
         raise TrackingError(f"{shown} must be an MLflow server, but it answers {status}; correct the tracking URI")
+    return None
 
 
 def _status(uri: str, path: str) -> int:

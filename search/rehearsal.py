@@ -48,7 +48,8 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
     workspace = workspace_folder(config.workspace)
     make_workspace(workspace)
     with tempfile.TemporaryDirectory(prefix="heldout-check-") as scratch:
-        with jobs.start_executor(slots, problem, Path(scratch), config.start_method) as executor:
+        starting = (slots, problem, Path(scratch), config.start_method, config.env)
+        with jobs.start_executor(*starting) as executor:
             # Not to the watcher: the answer has the warnings, in its manifest.
             prepared = jobs.prepare(executor, problem, workspace, Path(scratch), config.split_seed, Silent())
             asked = {"problem": problem.to_json(), "seconds": jobs.DISCOVERY_SECONDS}

@@ -68,7 +68,7 @@ def reproduce(study: Study, trial: int, *, watcher: Watcher | None = None) -> Fo
     with tempfile.TemporaryDirectory(prefix="heldout-reproduce-") as scratch:
         folder, slot = Path(scratch), _slot(record)
         problem = Problem(**record.prepared["problem"])
-        with jobs.start_executor((slot,), problem, folder, record.config.start_method) as executor:
+        with jobs.start_executor((slot,), problem, folder, record.config.start_method, record.config.env) as executor:
             watcher.say(f"training trial {trial} of {study.name} again")
             now, reports, result = _trained(executor, watcher, record, folder)
         then = _told(record.trial)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from search import devices, jobs, publishing
-from search.errors import DataError, RequestError, StudyError, TrackingError
+from search.errors import DataError, RequestError, StudyError
 from search.executors import NO_GPU, Executor, Job
 from search.journal import Journal
 from search.ledger import times
@@ -58,10 +58,8 @@ def resume(
     problem = _current(recorded, accept_changes, found.name, watcher)
     slots = devices.slots(asked.workers, asked.gpus, asked.trials_per_gpu, asked.gpus_per_trial)
     uri = publishing.uri_of(meta)
-    try:
-        publishing.check_uri(uri)
-    except TrackingError as error:  # trials are worth more than their copies, which can follow later
-        watcher.say(f"{error}; going on without it, and what it misses follows when it is back")
+    if (away := publishing.check_uri(uri, must_answer=False)) is not None:
+        watcher.say(f"{away}; going on without it, and MLflow gets everything once it is back")
     with locked(found.folder) as hold, Journal.open(found.folder / "journal.sqlite") as journal:
         plan = _plan(found.name, journal, asked, trials)
         if found.meta("state") == "COMPLETE" and plan.trials == asked.trials:
@@ -71,7 +69,7 @@ def resume(
             )
         with (
             Stopping(found.folder) as stopping,
-            jobs.start_executor(slots, problem, found.folder, plan.start_method, (hold,)) as executor,
+            jobs.start_executor(slots, problem, found.folder, plan.start_method, plan.env, (hold,)) as executor,
         ):
             if problem.digest != recorded.digest:
                 _adopt(journal, executor, found, recorded, problem, plan, watcher)

@@ -8,12 +8,12 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search import journal_file
+from search import journal_file, secrecy
 from search.errors import RequestError, StudyError
 from search.finalists import SEEDS, Confirmation, confirmation
 from search.journal import Journal
@@ -54,6 +54,7 @@ class StudyConfig:
         evaluate: ``"auto"`` opens test rows that no study has opened, ``"yes"`` opens them again,
             ``"no"`` leaves them sealed.
         start_method: ``"fork"`` or ``"spawn"``, or None for what the platform has.
+        env: Names of the variables that trials get and nothing shows: secrets. Their values are recorded nowhere.
         tags: Put on every MLflow run of the study.
         workspace: The one folder that everything is written under.
         tracking_uri: MLflow's, or None for the workspace's own SQLite file.
@@ -82,6 +83,7 @@ class StudyConfig:
     final: str | None = None
     evaluate: str = "auto"
     start_method: str | None = None
+    env: Sequence[str] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     workspace: str | None = None
     tracking_uri: str | None = None
@@ -119,6 +121,7 @@ class StudyConfig:
                 f"--final must be retrain, but got {self.final!r}; a model trained on every row is written by "
                 "`heldout export STUDY --out DIR --final all`, since nothing is left to test it"
             )
+        object.__setattr__(self, "env", secrecy.check_variables(self.env))
         if self.study is not None:
             check_name(self.study)
 
@@ -128,23 +131,22 @@ class StudyConfig:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object for journal and MLflow."""
-        return dataclasses.asdict(self) | {"tags": dict(self.tags)}
+        return dataclasses.asdict(self) | {"tags": dict(self.tags), "env": list(self.env)}
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_name(name: str) -> str:
-    """``name``, if it can name a study and its folder.
+def check_name(name: str, what: str = "a study's name") -> str:
+    """``name``, if it can name a study and its folder, or a registered model.
 
     Raises:
         StudyError: Otherwise.
     """
     if not _NAME.fullmatch(name) or ".." in name:
         raise StudyError(
-            "a study's name must be letters, digits, '.', '_' and '-', starting with a letter or digit, "
-            f"but got {name!r}"
+            f"{what} must be letters, digits, '.', '_' and '-', starting with a letter or digit, but got {name!r}"
         )
     return name
 
@@ -206,7 +208,7 @@ def release(folder: Path) -> None:
 def names(workspace: str | os.PathLike[str] | None = None) -> list[str]:
     """Names of the workspace's studies, the newest last; for the workspace see ``workspace_folder``."""
     folders = (workspace_folder(workspace) / "studies").glob("*/")
-    found = [folder for folder in folders if journal_file.holds_study(folder)]
+    found = [folder for folder in folders if journal_file.holds_study(folder) and not folder.is_symlink()]
     return [folder.name for folder in sorted(found, key=lambda folder: (_began(folder), folder.name))]
 
 
@@ -241,6 +243,11 @@ class Study:
             have = names(folder)
             listed = f"it has {', '.join(have)}" if have else "it has none"
             raise StudyError(f"there is no study called {name!r} in {folder}; {listed}")
+        if (folder / "studies" / name).is_symlink():
+            raise StudyError(
+                f"study {name!r} must lie in its workspace, but {folder / 'studies' / name} is a link; move the whole "
+                "workspace instead"
+            )
         self.name = name
         self.workspace = folder
         self.folder = folder / "studies" / name

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from search import secrecy
 from search.channel import Channel, ChannelError, Link, wait
 
 # Between asking a job to end (SIGTERM) and making it (SIGKILL).
@@ -65,6 +66,7 @@ def command(role: str, fd: int, parent: int) -> list[str]:
 def main(arguments: Sequence[str]) -> NoReturn:
     """Entry of both kinds of process."""
     role, fd, parent = arguments[0], int(arguments[1]), int(arguments[2])
+    secrecy.adopt()
     if role == "trial":
         run_trial(fd, parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

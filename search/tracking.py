@@ -20,12 +20,12 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search import publishing
+from search import publishing, secrecy
+from search.errors import RequestError
 from search.journal import Journal
 
 if TYPE_CHECKING:
@@ -75,17 +75,17 @@ class Ending:
 
 
 class Status:
-    """Keeps ``tracking.json`` and the log in step with how publishing goes; knows no credentials.
+    """Keeps ``tracking.json`` and the log in step with how publishing goes; shows no credentials.
 
-    Args:
-        scrub: Takes credentials out of a text.
+    That it cannot, because the disk is full for instance, is no reason to stop: what it says is news, no record.
     """
 
-    def __init__(self, study_dir: Path, uri: str, scrub: Callable[[str], str]) -> None:
+    def __init__(self, study_dir: Path, uri: str) -> None:
         self._path = study_dir / publishing.STATE_FILE
-        self._scrub = scrub
-        self._shown: dict[str, Any] = publishing.read(study_dir)
-        self._known = {"uri": publishing.redacted(uri)}
+        self._shown: dict[str, Any] = {}
+        with contextlib.suppress(OSError):
+            self._shown = publishing.read(study_dir)
+        self._known = {"uri": secrecy.redacted(uri)}
         self._error: str | None = None
         self._since = 0.0
 
@@ -98,12 +98,12 @@ class Status:
 
     def failed(self, error: Exception, summary: dict[str, Any]) -> str:
         """MLflow is away, slow or refuses; returns why, in one line."""
-        text = self._scrub(" ".join(f"{type(error).__name__}: {error}".split()))[:500]
+        text = secrecy.scrub(" ".join(f"{type(error).__name__}: {error}".split()))[:500]
         if self._error is None:
             self._since = time.monotonic()
         if text != self._error:
             ours = not isinstance(error, OSError) and not type(error).__module__.startswith("mlflow")
-            _log.warning("%d events behind, trying again: %s", summary["behind"], text, exc_info=ours)
+            _log.warning("%s events behind, trying again: %s", summary.get("behind", "?"), text, exc_info=ours)
         self._error = text
         self._write(summary)
         return text
@@ -113,9 +113,14 @@ class Status:
         if shown == self._shown:
             return
         draft = self._path.with_name(f"{self._path.name}.new")
-        draft.write_text(json.dumps(shown))
-        os.replace(draft, self._path)
-        self._shown = shown
+        try:
+            draft.write_text(json.dumps(shown))
+            os.replace(draft, self._path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                draft.unlink()
+        else:
+            self._shown = shown
 
 
 def track(study_dir: Path, uri: str, ending: Ending, say: Callable[[dict[str, Any]], None]) -> None:
@@ -124,7 +129,7 @@ def track(study_dir: Path, uri: str, ending: Ending, say: Callable[[dict[str, An
     Args:
         say: Tells the driver that the store answers, or once why it does not.
     """
-    status = Status(study_dir, uri, scrubber(uri))
+    status = Status(study_dir, uri)
     with _alone(study_dir, ending), Journal.open(study_dir / "journal.sqlite", read_only=True) as journal:
         from search.publisher import Publisher  # and with it MLflow, which takes seconds
 
@@ -132,10 +137,10 @@ def track(study_dir: Path, uri: str, ending: Ending, say: Callable[[dict[str, An
         while True:
             # In this order: what the driver wrote before it let go of us is in the journal by then.
             over = bool(ending)
-            began = journal.get("study") is not None and journal.get("state") is not None
-            if over and not began:
-                return  # the study was called off before it began, and leaves no trace
             try:
+                began = journal.get("study") is not None and journal.get("state") is not None
+                if over and not began:
+                    return  # the study was called off before it began, and leaves no trace
                 if client is None:
                     client = connect(uri)
                     say({"type": "ready"})
@@ -200,21 +205,6 @@ def _make_file(file: Path) -> None:
             draft.unlink()
 
 
-def scrubber(uri: str) -> Callable[[str], str]:
-    """A function that takes the address's credentials out of a text."""
-    rest = uri.partition("://")[2] if publishing.redacted(uri) != uri else ""
-    userinfo, query = rest.rpartition("@")[0], rest.partition("?")[2]
-    password = userinfo.partition(":")[2]
-    secrets = [uri, rest, userinfo, query, password, urllib.parse.unquote(password)] if rest else []
-
-    def scrub(text: str) -> str:
-        for secret in filter(None, secrets):
-            text = text.replace(secret, "***")
-        return text
-
-    return scrub
-
-
 def _artifact_root(uri: str, journal: Journal) -> Path | None:
     """A server knows best where artifacts go; for a bare database MLflow would take the working directory."""
     root = journal.get("study").get("artifact_root")
@@ -222,7 +212,10 @@ def _artifact_root(uri: str, journal: Journal) -> Path | None:
 
 
 def _summary(publisher: Publisher | None, journal: Journal) -> dict[str, Any]:
-    return {"behind": journal.length} if publisher is None else publisher.summary()
+    try:
+        return {"behind": journal.length} if publisher is None else publisher.summary()
+    except RequestError:  # the journal cannot be read now, which may be what failed
+        return {}
 
 
 @contextlib.contextmanager
@@ -239,12 +232,8 @@ def _alone(study_dir: Path, ending: Ending) -> Iterator[None]:
 
 
 class _Scrubbing(logging.Formatter):
-    def __init__(self, scrub: Callable[[str], str]) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
-        self._scrub = scrub
-
     def format(self, record: logging.LogRecord) -> str:
-        return self._scrub(super().format(record))
+        return secrecy.scrub(super().format(record))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -262,7 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     study_dir = given.study_dir.absolute()
     uri = os.environ.get("MLFLOW_TRACKING_URI") or publishing.default_uri(study_dir.parent.parent)
     handler = logging.StreamHandler()
-    handler.setFormatter(_Scrubbing(scrubber(uri)))
+    secrecy.learn_tracking(uri, least=1)
+    handler.setFormatter(_Scrubbing("%(asctime)s %(levelname)s %(message)s"))
+    logging.raiseExceptions = False  # a log that cannot be written is not worth a word in the same log
     _log.addHandler(handler)
     _log.setLevel(logging.INFO)
     # Only we speak on the pipe to the driver; what libraries print goes to the log.

@@ -1,9 +1,11 @@
-"""MLflow's web server on a workspace, for this machine only."""
+"""MLflow's web server on a workspace, for this machine only unless told otherwise."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import ipaddress
 import os
 import signal
 import socket
@@ -59,14 +61,16 @@ class Server:
         self.close()
 
 
-def serve(workspace: str | os.PathLike[str] | None = None, port: int = 5000) -> Server:
+def serve(workspace: str | os.PathLike[str] | None = None, port: int = 5000, host: str = HOST) -> Server:
     """Starts MLflow's server on a workspace's own store, and returns when it answers.
 
     It stops with us: on ``close``, on Ctrl-C, which the caller gets, and (on Linux) when we are killed.
 
     Args:
         workspace: See ``study.workspace_folder``.
-        port: On the loopback interface; nobody else can reach it.
+        port: Where it listens.
+        host: Address to listen at. By default the loopback interface, where nobody else can reach it; MLflow asks for
+            no password, so with another one whoever reaches that can read and delete every run.
 
     Raises:
         RequestError: If the workspace has no runs, the port is taken, or the server cannot start.
@@ -77,10 +81,10 @@ def serve(workspace: str | os.PathLike[str] | None = None, port: int = 5000) -> 
             f"a workspace must have runs to show, but {folder} has none; start with `heldout launch "
             "SPACE`, or choose another --workspace"
         )
-    _check_free(port)
+    _check_free(host, port)
     root = (folder / "artifacts").absolute()
     command = [sys.executable, "-P", "-m", "mlflow", "server", "--workers", "1"]
-    command += ["--host", HOST, "--port", str(port), "--backend-store-uri", default_uri(folder)]
+    command += ["--host", host, "--port", str(port), "--backend-store-uri", default_uri(folder)]
     command += ["--default-artifact-root", root.as_uri(), "--artifacts-destination", root.as_uri()]
     environment = {
         **os.environ,
@@ -88,6 +92,8 @@ def serve(workspace: str | os.PathLike[str] | None = None, port: int = 5000) -> 
         # Its job runner is for features that we have no use for: four times the memory and start-up.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
+    if host != HOST:
+        environment = _allowed(host) | environment  # what the user has set counts
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command,
@@ -98,22 +104,74 @@ def serve(workspace: str | os.PathLike[str] | None = None, port: int = 5000) -> 
             start_new_session=True,
             preexec_fn=_follow_parent(),
         )
-        server = Server(process, f"http://{HOST}:{port}")
+        server = Server(process, f"http://{_in_url(_shown(host))}:{port}")
         try:
-            _await(process, server.url, lambda: _last_line(log))
+            _await(process, f"http://{_in_url(_asked(host))}:{port}", lambda: _last_line(log))
         except BaseException:
             server.close()
             raise
     return server
 
 
-def _check_free(port: int) -> None:
-    with socket.socket() as probe:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _is_any(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_unspecified
+    return False
+
+
+def _asked(host: str) -> str:
+    """Where we ask whether it answers."""
+    return {"0.0.0.0": HOST, "::": "::1"}.get(host, host) if _is_any(host) else host
+
+
+def _shown(host: str) -> str:
+    """Where others can browse."""
+    return socket.gethostname() if _is_any(host) else host
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _allowed(host: str) -> dict[str, str]:
+    """By what names browsers may call the server, for MLflow, which answers to names of this machine alone by default.
+
+    Not by any: a web page that somebody has open could reach the server under a name of its own.
+    """
+    own = {HOST, "::1", "localhost", socket.gethostname(), socket.getfqdn(), host}
+    with contextlib.suppress(OSError):
+        own |= {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing; the system picks the address that it would send from
+        own.add(str(probe.getsockname()[0]))
+    names = sorted(map(_in_url, own))
+    anywhere = [f"{name.replace('[', '[[]')}:*" for name in names]  # a container's port may have another number outside
+    return {
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(names + anywhere),
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(f"http://{name}" for name in names + anywhere),
+    }
+
+
+def _check_free(host: str, port: int) -> None:
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise RequestError(f"--host must be an address of this machine, but got {host!r}: {error}") from None
+    with socket.socket(family, kind) as probe:
         # As the server will: a connection of a server that has just ended does not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((address[0], port, *address[2:]))
         except (OSError, OverflowError) as error:
+            if getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+                raise RequestError(f"--host must be an address of this machine, but got {host!r}") from None
             raise RequestError(f"port {port} must be free, but: {error}; choose another with --port") from None
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from search import devices, finalists, jobs, publishing
+from search import devices, finalists, jobs, publishing, secrecy
 from search.driver import Driver
 from search.errors import ExecutorError, RequestError, StudyStopped, TrialFailed
 from search.executors.local import LocalExecutor, start_method
@@ -40,6 +41,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
         StudyFailed: If the study began and could not be completed; what was recorded stays.
     """
     config = StudyConfig(space=space, **options)
+    secrecy.absent(secrecy.resolve(config.env), json.dumps(config.to_json(), ensure_ascii=False), "a launch")
     from search.ledger import Ledger, times
 
     watcher = watcher or Silent()
@@ -58,7 +60,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
         with (
             locked(folder) as hold,
             Stopping(folder) as stopping,
-            jobs.start_executor(slots, problem, folder, config.start_method, (hold,)) as executor,
+            jobs.start_executor(slots, problem, folder, config.start_method, config.env, (hold,)) as executor,
         ):
             watcher.say("loading the rows and building the default model")
             Ledger().ready()  # before anything is paid for that could not be recorded
@@ -124,8 +126,8 @@ def _study_meta(
         "user": _user(),
         "tags": dict(config.tags),
         "versions": prepared["versions"],
-        "tracking_uri": publishing.redacted(uri),
-        "tracking_secret": publishing.redacted(uri) != uri,
+        "tracking_uri": secrecy.redacted(uri),
+        "tracking_secret": secrecy.redacted(uri) != uri,
         "artifact_root": str(workspace / "artifacts"),
         "data": {key: prepared["manifest"][key] for key in ("digest", "fingerprint", "rows", "tiers")},
     }
@@ -203,7 +205,7 @@ def drive(
             text=Problem(**prepared["problem"]).digest,
             watcher=watcher,
             supervisor=Supervisor(config.trial_timeout, config.heartbeat or None, executor.cpu_seconds),
-            surroundings=_House(stopping),
+            surroundings=_House(stopping, tracker),
         )
         with stopping.gracefully():
             ended = driver.run()
@@ -236,9 +238,13 @@ def drive(
 class _House(Calm):
     """The surroundings of a study in a workspace."""
 
-    def __init__(self, stopping: Stopping) -> None:
-        self._stopping = stopping
+    def __init__(self, stopping: Stopping, tracker: publishing.Tracker) -> None:
+        self._stopping, self._tracker = stopping, tracker
 
     def stop(self) -> str | None:
         """As it was asked by a signal or from another terminal."""
         return self._stopping.asked()
+
+    def tick(self) -> None:
+        """Nobody minds a tracker that died but us."""
+        self._tracker.tend()

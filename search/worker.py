@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -108,7 +109,7 @@ def _fit_preprocess(
     import keras
     import numpy as np
 
-    from search import declaration, feeding, leakage, training
+    from search import declaration, feeding, leakage, preflight, training
 
     keras.utils.set_random_seed(0)
     assert module.preprocess is not None
@@ -133,6 +134,8 @@ def _fit_preprocess(
                         f"or set `allow_nan = True` in {module.problem.path} if the model copes with NaN"
                     )
     training.save(model, path)
+    preflight.refuse_lambdas(path, module.problem.path)
+    preflight.refuse_secrets(path, module.problem.path)
 
 
 def discover(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
@@ -192,6 +195,7 @@ class _Trial:
         from search import preflight, training
 
         training.save(training.compose(self.model, self.preprocess, self.rows.manifest["x"]), path)
+        preflight.refuse_secrets(path, self.module.problem.path)
         return {**self.described(), "custom": list(preflight.custom_objects(path))}
 
     def described(self) -> dict[str, Any]:
@@ -220,6 +224,7 @@ def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
         paths = predictions(running.model, running.rows, running.preprocess, ("validation", "guard"), folder)
         weights = folder / "model.weights.h5"
         training.save(running.model, weights)
+        preflight.refuse_secrets(weights, running.module.problem.path)
     except BaseException as error:
         # What it asked for is part of the record of a failed trial too.
         if running is not None:
@@ -378,7 +383,8 @@ def register(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
     if payload["lineage"]["custom_objects"]:
         SpaceModule(Problem(**payload["problem"]))
     path, lineage = Path(payload["path"]), payload["lineage"]
-    return {"registered": registry.register_model(path, payload["name"], payload["uri"], lineage)}
+    uri = os.environ["MLFLOW_TRACKING_URI"]  # with credentials, so not in the payload
+    return {"registered": registry.register_model(path, payload["name"], uri, lineage)}
 
 
 JOBS: dict[str, Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], JobResult]] = {

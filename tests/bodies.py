@@ -40,6 +40,16 @@ def echo(channel: Channel, body: Any = None) -> None:
     channel.send({"type": "result", "body": body})
 
 
+def leak(channel: Channel, name: str) -> None:
+    """Let a variable's value out by every door."""
+    value = os.environ[name]
+    print("printed", value)
+    os.write(1, f"from C {value}\n".encode())
+    code = "import os, sys; os.write(2, f'child {os.environ[sys.argv[1]]}\\n'.encode())"
+    subprocess.run([sys.executable, "-c", code, name], check=True)
+    channel.send({"type": "result", "value": value, "length": len(value)})
+
+
 def about(channel: Channel, names: list[str]) -> None:
     """Say how this process was set up."""
     channel.send({
@@ -176,7 +186,7 @@ def trains(channel: Channel) -> None:
 BODIES = {
     body.__name__: body
     for body in (
-        nothing, ready, echo, about, prints, dialogue, chatter, silence, raises, exits, aborts, writes,
+        nothing, ready, echo, leak, about, prints, dialogue, chatter, silence, raises, exits, aborts, writes,
         stubborn, sleeps, spins, breeds, trains,
     )
 }  # fmt: skip

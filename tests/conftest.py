@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from search import secrecy
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +26,8 @@ def apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HELDOUT_LEDGER", str(folder / "ledger.jsonl"))
     monkeypatch.setenv("HELDOUT_WORKSPACE", str(folder / "workspace"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name, empty in (("_known", {}), ("_values", {}), ("_texts", None)):  # secrets of other tests
+        monkeypatch.setattr(secrecy, name, empty)
     return folder
 
 

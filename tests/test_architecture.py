@@ -17,6 +17,7 @@ MOST_LINES = 420
 # needs a place here, which is the moment to think about what it may know.
 LAYERS = (
     {"errors"},
+    {"secrecy"},
     {"trial", "channel", "problem", "rows", "metrics", "chain", "journal_copy", "lock"},
     {"domain", "traces", "split", "ranks", "intervals", "ledger", "template", "publishing", "watcher", "finalists"},
     {"journal_file", "usage", "retries", "surroundings", "supervision"},
@@ -59,7 +60,7 @@ STDLIB_ONLY = {
     *("errors", "trial", "space", "domain", "traces", "history", "journal", "journal_file", "journal_copy", "driver"),
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
     *("usage", "retries", "surroundings", "supervision", "recording", "slots", "discovery", "attempt"),
-    *("lock", "stopping", "salvage", "repairing"),
+    *("lock", "stopping", "salvage", "repairing", "secrecy", "watcher"),
 }
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
@@ -187,6 +188,72 @@ def test_only_the_command_line_prints_or_exits(path: Path) -> None:
                 assert used not in forbidden, f"{where} uses {used}; only cli.py prints or exits"
         elif isinstance(node, ast.Raise) and node.exc is not None and part(path) != "cli":
             assert not ast.unparse(node.exc).startswith("SystemExit"), f"{where} exits; only cli.py does"
+
+
+# What turns bytes into code, or a text into a command. Nothing of ours may, wherever the bytes come from: a trial, the
+# network and other users write the same kind of files. The one exception is the user's own module.
+FORBIDDEN_MODULES = {"pickle", "_pickle", "marshal", "shelve", "joblib", "dill", "cloudpickle", "yaml"}
+FORBIDDEN_CALLS = {
+    *("eval", "exec", "__import__", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
+    *("asyncio.create_subprocess_shell", "pty.spawn", "torch.load", "pandas.read_pickle"),
+    "keras.config.enable_unsafe_deserialization",
+}
+STARTS_PROCESSES = {"Popen", "run", "call", "check_call", "check_output"}
+MAY_EXECUTE = {("problem", "exec")}
+
+
+def dangers(own: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Lines of a file that could run what somebody else wrote, and why."""
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            yield from ((line, f"imports {n}") for n in names if n.split(".")[0] in FORBIDDEN_MODULES)
+        if isinstance(node, ast.Attribute | ast.Name) and (used := ast.unparse(node)) in FORBIDDEN_CALLS:
+            if (own, used) not in MAY_EXECUTE:
+                yield line, f"uses {used}"
+        if not isinstance(node, ast.Call):
+            continue
+        named = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        called = ast.unparse(node.func)
+        for word, value in (("shell", "False"), ("allow_pickle", "False"), ("safe_mode", "True")):
+            if named.get(word, value) != value:
+                yield line, f"has {word}={named[word]}"
+        if called in ("np.load", "numpy.load", "np.save", "numpy.save") and "allow_pickle" not in named:
+            yield line, f"leaves allow_pickle of {called} to NumPy"
+        first = node.args[0] if node.args else next((w.value for w in node.keywords if w.arg == "args"), None)
+        if called.split(".")[-1] in STARTS_PROCESSES and called.startswith(("subprocess.", "Popen")):
+            if isinstance(first, ast.JoinedStr) or (isinstance(first, ast.Constant) and isinstance(first.value, str)):
+                yield line, "starts a process by a text instead of a list of words"
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_nothing_turns_bytes_into_code_or_text_into_commands(path: Path) -> None:
+    found = list(dangers(part(path), ast.parse(path.read_text(encoding="utf-8"))))
+    assert not found, [f"{label(path)}:{line} {why}" for line, why in found]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from joblib import load",
+        "np.load(path)",
+        "np.load(path, allow_pickle=True)",
+        "np.load(path, allow_pickle=maybe)",
+        "keras.models.load_model(path, safe_mode=False)",
+        "keras.config.enable_unsafe_deserialization()",
+        "eval(text)",
+        "run(exec)",
+        "os.system(text)",
+        "subprocess.run('ls', check=True)",
+        "subprocess.Popen(args=f'ls {folder}')",
+        "subprocess.run(command, shell=True)",
+        "import yaml; yaml.load(text)",
+    ],
+)
+def test_the_rule_against_code_from_elsewhere_finds(line: str) -> None:
+    assert list(dangers("worker", ast.parse(line)))
 
 
 @pytest.mark.parametrize("path", FILES, ids=label)

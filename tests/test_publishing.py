@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from search import publishing
+from search import publishing, secrecy
 from search.errors import TrackingError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
     ],
 )
 def test_credentials_are_taken_out(uri: str, shown: str) -> None:
-    assert publishing.redacted(uri) == shown
+    assert secrecy.redacted(uri) == shown
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,10 @@ def test_credentials_are_taken_out(uri: str, shown: str) -> None:
         ("http://127.0.0.1:{closed}", "must answer, but: .*refused"),
         ("http://ada:secret@127.0.0.1:{closed}", "the tracking server http://127.0.0.1:\\d+ must answer"),
         ("http://no such host", "must answer"),
-        ("https://[::1", "must answer"),
+        ("https://[::1", "must have an address that can be read$"),
+        ("http://ada:se/secret@localhost", "http://localhost must have an address that can be read; in user and"),
+        ("sqlite+pysqlcipher://:secret@/mlflow.db", "must name a file.* got 'sqlite.pysqlcipher:///mlflow.db'"),
+        ("ada:secret@localhost", "must be one of .* got 'localhost'"),
         ("sqlite:///{folder}", "cannot be used"),
         ("sqlite:///{folder}/file/mlflow.db", "must be a folder that can be written"),
         ("sqlite:///{folder}/file", "cannot be used: file is not a database"),

@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click.testing
 import pytest
 
 from search import publishing, ui
+from search.cli import main
 from search.errors import RequestError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +66,13 @@ def ask(url: str, **headers: str) -> Any:
         return json.load(answer)
 
 
+def post(url: str, **headers: str) -> Any:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(url, b'{"max_results": 1}', {"Content-Type": "application/json", **headers})
+    with opener.open(request, timeout=PATIENCE) as answer:
+        return json.load(answer)
+
+
 def until(condition: Callable[[], Any]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
@@ -94,6 +103,47 @@ def test_it_is_for_this_machine_only(server: ui.Server) -> None:
         ask(f"{server.url}/api/2.0/mlflow/experiments/search?max_results=1", Host="evil.example")
     with refused.value as answer:
         assert answer.code == 403
+
+
+def test_it_answers_by_the_name_of_the_host_it_was_given_and_by_no_other(workspace: Path, port: int) -> None:
+    # All of 127.0.0.0/8 is this machine, and MLflow takes only the first of it for such by itself.
+    with ui.serve(workspace, port, "127.0.0.2") as server:
+        assert server.url == f"http://127.0.0.2:{port}"
+        asked = f"{server.url}/api/2.0/mlflow/experiments/search"
+        for name in ("127.0.0.2", f"127.0.0.2:{port}", socket.gethostname(), f"{socket.gethostname()}:8080"):
+            assert ask(f"{asked}?max_results=1", Host=name)["experiments"]
+            assert post(asked, Host=name, Origin=f"http://{name}")["experiments"]
+        for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                post(asked, **headers)
+            with refused.value as answer:
+                assert answer.code == 403
+    assert not is_open(port)
+
+
+@pytest.mark.parametrize("host", ["no such host", "192.0.2.7", ""])
+def test_a_host_that_is_not_ours(workspace: Path, port: int, host: str) -> None:
+    with pytest.raises(RequestError, match="--host must be an address of this machine, but got"):
+        ui.serve(workspace, port, host)
+
+
+HOSTS = [("127.0.0.1", False), ("localhost", False), ("::1", False), ("0.0.0.0", True), ("::", True)]
+
+
+@pytest.mark.parametrize(("host", "warned"), HOSTS)
+def test_the_command_warns_where_others_can_reach_it(
+    workspace: Path, host: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def serve(*arguments: Any) -> Any:
+        asked.append(arguments)
+        raise RequestError("seen")
+
+    monkeypatch.setattr(ui, "serve", serve)
+    ran = click.testing.CliRunner().invoke(main, ["ui", "--host", host, "--workspace", str(workspace)])
+    assert asked == [(workspace, 5000, host)]
+    assert ("can read and delete every run" in ran.stderr) == warned
 
 
 def test_a_port_that_is_taken(server: ui.Server, workspace: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from search import secrecy
 from search.channel import ChannelError, Link, wait
 from search.errors import ExecutorError, RequestError
 from search.executors import Event, Exited, Job, Lost, Message, Slot, Warned, died, task
@@ -52,6 +53,7 @@ class _Running:
     link: Link
     slot: Slot | None
     ooms: int | None  # of the whole machine, when it began
+    log: str | None = None
     pid: int | None = None
     # Set when the template died: how long to wait for the process to be gone.
     lost_by: float | None = None
@@ -71,6 +73,7 @@ class LocalExecutor:
         template_threads: Threads of the numerical libraries that the template loads, for its trials too.
         required: Modules without which no trial can run.
         hold: Descriptors that every process inherits, such as a lock that is held until the last of them has ended.
+        secrets: Variables for every job, whose values are kept out of messages and logs.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class LocalExecutor:
         template_threads: int = 1,
         required: Sequence[str] = REQUIRED,
         hold: Sequence[int] = (),
+        secrets: Mapping[str, str] | None = None,
     ) -> None:
         self._slots = tuple(slots)
         self._method = _start_method(start_method)
@@ -96,6 +100,9 @@ class LocalExecutor:
         self._entry = entry
         self._log = log
         self._environment = _environment(backend, template_threads, any(slot.gpus for slot in self._slots))
+        self._environment |= secrets or {}
+        self._environment[secrecy.NAMES] = ",".join(secrets or {})
+        self._logs = {str(log)}
         self._control: Link | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._running: dict[str, _Running] = {}
@@ -151,7 +158,9 @@ class LocalExecutor:
             link.close()
             os.close(fd)
             raise
-        self._running[job.id] = _Running(link, slot, oom_kills())
+        self._running[job.id] = _Running(link, slot, oom_kills(), job.log)
+        if job.log is not None:
+            self._logs.add(job.log)
         env = {**job.env, **(slot.env if slot else {})}
         self._control.queue({"run": job.id, "log": job.log, "env": env}, (fd,))
 
@@ -191,6 +200,8 @@ class LocalExecutor:
         self._end_template()
         self._drop_jobs()
         self._events.clear()
+        for log in self._logs:  # once more: something may have lingered
+            secrecy.scrub_file(log)
 
     def _drop_jobs(self) -> None:
         for job in self._running.values():
@@ -253,8 +264,8 @@ class LocalExecutor:
         job = self._running[name]
         try:
             for body in job.link.read():
-                self._events.append(Message(name, body))
-        except ChannelError as error:
+                self._events.append(Message(name, secrecy.scrubbed(body)))
+        except (ChannelError, RecursionError) as error:
             self._events.append(died(name, f"the trial's process broke its channel: {error}"))
             # With its socket closed the process kills itself; if it cannot, the template does.
             job.link.close()
@@ -272,9 +283,9 @@ class LocalExecutor:
 
     def _on_template(self, body: Mapping[str, Any]) -> None:
         if "warned" in body:
-            self._events.append(Warned(body["warned"]))
+            self._events.append(Warned(secrecy.scrub(body["warned"])))
         elif "fatal" in body:
-            self._fatal = body["fatal"]
+            self._fatal = secrecy.scrub(body["fatal"])
         elif "ready" in body:
             self._ready = True
             self._method = body["ready"]
@@ -298,7 +309,10 @@ class LocalExecutor:
             self._end(name, Exited(name, body["code"], body["signal"], body["seconds"], oom))
 
     def _end(self, name: str, event: Event) -> None:
-        self._running.pop(name).link.close()
+        job = self._running.pop(name)
+        job.link.close()
+        if job.log is not None:  # C code and processes that it started print past what keeps secrets out of prints
+            secrecy.scrub_file(job.log)
         self._events.append(event)
 
     def _on_template_death(self) -> None:
@@ -356,10 +370,10 @@ _start_method = start_method
 
 
 def _environment(backend: str | None, threads: int, has_gpus: bool) -> dict[str, str]:
-    """The template's environment: the driver's, with defaults for what the user has not set."""
+    """The template's environment: the driver's but for what looks secret, with defaults for what is not set."""
     defaults = dict.fromkeys(_THREAD_VARIABLES, str(threads))
     # Sets of strings in the user's code iterate alike in every trial and every run.
     # Without a GPU, TensorFlow's errors are about the GPU that it does not find.
     defaults |= {"TF_CPP_MIN_LOG_LEVEL": "2" if has_gpus else "3", "PYTHONHASHSEED": "0"}
     chosen = {} if backend is None else {"KERAS_BACKEND": backend}
-    return {**defaults, **os.environ, **chosen}
+    return {**defaults, **secrecy.inherited(os.environ), **chosen}
