@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from search import final as refits
-from search import jobs, publishing, scoring
+from search import jobs, places, publishing, scoring
 from search.errors import RequestError, StudyError
 from search.executors import Executor, Job
 from search.freezing import build_file, intact, predict_file
@@ -74,8 +74,9 @@ def export(
     watcher = watcher or Silent()
     with study.journal() as journal:
         chosen = _chosen(study, journal, trial)
-        prepared = journal.get("prepared")
-        uri = publishing.uri_of(journal.get("study")) if register is not None else ""
+        prepared = places.prepared(journal)
+        meta = places.study(journal.get("study"), study.workspace)
+        uri = publishing.uri_of(meta) if register is not None else ""
         with _beside(folder) as scratch:
             made = Path(scratch) / "out"
             made.mkdir()
@@ -143,7 +144,8 @@ def _built(
         None; and of a refit ``final``, ``epochs`` and ``rows``. One on every row has instead of ``tested`` the
         scores of the model that the search made, ``before``.
     """
-    frozen = intact(journal.get("frozen") or {"models": {}})["models"]
+    record = journal.get("frozen") or {"models": {}}
+    frozen = intact(places.frozen(record, journal.path.parent))["models"]
     mine = {role: item for role, item in frozen.items() if item["trial"] == trial.number}
     roles = [role for role, item in mine.items() if not (by_number and item.get("final"))]
     tested = _tested(journal, roles[0]) if roles else None
@@ -203,7 +205,7 @@ def _written(
     format: str,
 ) -> dict[str, Any]:
     """Write everything that goes with the model file; the lineage."""
-    prepared, meta = journal.get("prepared"), journal.get("study")
+    prepared, meta = places.prepared(journal), journal.get("study")
     out = Path(model["path"]).parent
     if format == "saved_model":  # from the file itself, so that both are one model
         asked = {"problem": prepared["problem"], "path": model["path"], "custom": model["custom"]}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from search import jobs, store
+from search import jobs, places, store
 from search.errors import DataError, RequestError
 from search.executors import Executor, Job
 from search.journal import Journal
@@ -79,7 +79,7 @@ def refit(
         DataError: If the copy of the rows cannot be made.
         RequestError: If the training fails, or the recorded parameters no longer build the recorded model.
     """
-    prepared, space = journal.get("prepared"), journal.space()
+    prepared, space = places.prepared(journal), journal.space()
     home, sealed = Path(prepared["rows"]), Path(prepared["sealed"])
     # Not in the study's folder: if this process is killed, the labels stay where labels are sealed.
     with tempfile.TemporaryDirectory(prefix=".refit-", dir=sealed.parent) as scratch:

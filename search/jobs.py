@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from search import devices, publishing
+from search import devices, places, publishing
 from search.errors import SpaceError, request_error
 from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot, Warned
 from search.executors.local import LocalExecutor
@@ -40,7 +40,8 @@ def one_slot() -> tuple[Slot, ...]:
 
 def publish(folder: Path, journal: Journal, watcher: Watcher) -> None:
     """Let MLflow catch up with what was put in the journal after the study's end."""
-    with publishing.start(folder, publishing.uri_of(journal.get("study"))) as tracker:
+    study = places.study(journal.get("study"), folder.parent.parent)
+    with publishing.start(folder, publishing.uri_of(study)) as tracker:
         if not tracker.finish():
             watcher.say(BEHIND)
 

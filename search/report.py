@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from search import belief, metrics, publishing, scoring, verdicts
+from search import belief, metrics, places, publishing, scoring, verdicts
 from search.domain import Domain
 from search.errors import StudyError
 from search.ledger import times
@@ -281,7 +281,7 @@ def show(study: Study, number: int) -> dict[str, Any]:
         raise StudyError(f"study {study.name!r} has no trial {number}; it has {len(study.trials)}, from 0")
     with study.journal() as journal:
         reports = journal.reports(trial=number)
-    log = study.folder / "trials" / f"{number:04d}" / "log.txt"
+    log = places.trial(study.folder, number) / places.LOG
     return trial.to_json() | {
         "reports": [{"attempt": r.attempt, "step": r.step, "metrics": dict(r.metrics)} for r in reports],
         "log": log.read_text(errors="replace") if log.exists() else "",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from search import devices, finalists, jobs, publishing
+from search import devices, finalists, jobs, places, publishing
 from search.driver import Driver
 from search.errors import ExecutorError, RequestError, StudyError, TrialFailed
 from search.executors.local import LocalExecutor, start_method
@@ -112,7 +112,7 @@ def resume(study: str, *, workspace: str | None = None, watcher: Watcher | None 
     config = StudyConfig(**meta["config"])
     problem = Problem(**found.meta("prepared")["problem"])
     slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
-    uri = publishing.uri_of(meta)
+    uri = publishing.uri_of(places.study(meta, found.workspace))
     publishing.check_uri(uri)
     with locked(found.folder), jobs.start_executor(slots, problem, found.folder, config.start_method) as executor:
         journal = Journal.open(found.folder / "journal.sqlite")
@@ -166,7 +166,7 @@ def _drive(
 ) -> None:
     from search.judge import RowJudge
 
-    meta, prepared = journal.get("study"), journal.get("prepared")
+    meta, prepared = journal.get("study"), places.prepared(journal)
     config = StudyConfig(**meta["config"])
     judge = RowJudge(
         Path(prepared["rows"]),
@@ -178,7 +178,7 @@ def _drive(
     )
 
     def payload(trial: Trial, proposal: dict[str, Any] | None) -> dict[str, Any]:
-        place = folder / "trials" / f"{trial.number:04d}"
+        place = places.trial(folder, trial.number)
         place.mkdir(parents=True, exist_ok=True)
         return jobs.base_payload(prepared, place) | {
             "epochs": config.epochs,

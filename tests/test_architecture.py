@@ -25,7 +25,7 @@ LAYERS = (
     {"fused"},
     {"feeding", "few_errors"},
     {"journal", "runs", "statistics"},
-    {"publisher", "verdicts", "candidates"},
+    {"publisher", "verdicts", "candidates", "places"},
     {"samplers", "executors", "tracking", "registry", "training", "selection"},
     {"custom_metric", "preflight", "driver", "study", "devices"},
     {"judge", "worker"},
@@ -54,6 +54,7 @@ UPWARD_WHEN_CALLED = {
 STDLIB_ONLY = {
     *("errors", "trial", "space", "domain", "traces", "history", "journal", "journal_file", "driver"),
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
+    *("places",),
 }
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
