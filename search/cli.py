@@ -68,6 +68,7 @@ def main(debug: bool) -> None:
     help="Open the sealed test rows at the end: auto only if no study has opened them.",
 )
 @options.final
+@options.disk
 @click.option("--tag", "tags", multiple=True, metavar="K=V", help="A tag for every MLflow run; may be repeated.")
 @options.as_json
 def launch(space: str, tags: tuple[str, ...], as_json: bool, **asked: Any) -> None:

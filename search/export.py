@@ -15,7 +15,7 @@ from search import final as refits
 from search import jobs, places, publishing, scoring
 from search.errors import RequestError, StudyError
 from search.executors import Executor, Job
-from search.freezing import build_file, intact, predict_file
+from search.freezing import build_file, gone, intact, predict_file
 from search.journal import Journal
 from search.judge import RowJudge
 from search.problem import Problem
@@ -74,10 +74,13 @@ def export(
     watcher = watcher or Silent()
     with study.journal() as journal:
         chosen = _chosen(study, journal, trial)
-        prepared = places.prepared(journal)
-        meta = places.study(journal.get("study"), study.workspace)
-        uri = publishing.uri_of(meta) if register is not None else ""
+        if trial is not None and final is None and not _has_model(journal, trial):
+            raise RequestError(gone(trial))
+        uri = ""
+        if register is not None:
+            uri = publishing.uri_of(places.study(journal.get("study"), study.workspace))
         with _beside(folder) as scratch:
+            prepared = places.prepared(journal)
             made = Path(scratch) / "out"
             made.mkdir()
             with jobs.start_executor(jobs.one_slot(), Problem(**prepared["problem"]), Path(scratch), None) as executor:
@@ -123,6 +126,13 @@ def _chosen(study: Study, journal: Journal, number: int | None) -> Trial:
     if known[number].state is not TrialState.COMPLETE:
         raise StudyError(f"trial {number} is {known[number].state}, so it has no model; export a complete one")
     return known[number]
+
+
+def _has_model(journal: Journal, number: int) -> bool:
+    """Whether a complete trial's weights are there, or a frozen file of the same model is."""
+    models = (journal.get("frozen") or {"models": {}})["models"].values()
+    frozen = any(item["trial"] == number and not item.get("final") for item in models)
+    return frozen or places.weights(journal.path.parent, number).exists()
 
 
 def _built(

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from search.errors import RequestError
+
 
 def workspace(command: Any) -> Any:
     """Where studies lie."""
@@ -19,6 +21,29 @@ def workspace(command: Any) -> Any:
 def as_json(command: Any) -> Any:
     """For programs."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def disk(command: Any) -> Any:
+    """What a study may leave on disk."""
+    command = click.option(
+        "--max-disk", metavar="SIZE", help="Most that the study's folder may hold, such as 20G; beyond, fewer are kept."
+    )(command)
+    return click.option(
+        "--keep",
+        metavar="K",
+        default="20",
+        show_default=True,
+        callback=_kept,
+        help="Models of the search to keep, the best by validation score, or all.",
+    )(command)
+
+
+def _kept(_: Any, __: Any, given: str) -> int | None:
+    if given == "all":
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise RequestError(f"--keep must be a whole number of at least 1, or all, but got {given!r}")
+    return int(given)
 
 
 def final(command: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from search import places, scoring, selection, statistics
+from search import keeping, places, scoring, selection, statistics
 from search.candidates import Candidate
 from search.data import SealedRows
 from search.errors import RequestError
@@ -41,7 +41,10 @@ def select(folder: Path, journal: Journal) -> dict[str, Any] | None:
     guards = {number: found for (number, _), found in sorted(journal.guards().items())}  # the last attempt's
     metric = scoring.resolve(prepared["objective"], leader.extra["declaration"])
     done = [trial for trial in history if trial.state is TrialState.COMPLETE]
-    candidates = [_candidate(folder, trial, metric, *guards[trial.number]) for trial in done if trial.number in guards]
+    # What was deleted went by validation scores alone, so this choice is still all that guard rows decide.
+    there = keeping.kept(history, keeping.limit(journal))
+    able = [trial for trial in done if trial.number in guards and trial.number in there]
+    candidates = [_candidate(folder, trial, metric, *guards[trial.number]) for trial in able]
     candidates = [candidate for candidate in candidates if np.isfinite(candidate.guard)]
     sealed = SealedRows(Path(prepared["sealed"]))
     spread: dict[str, Any] = {"groups": sealed.groups("guard"), "ordered": prepared["manifest"]["ordered"]}

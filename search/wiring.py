@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from search import devices, finalists, jobs, places, publishing
+from search import devices, disk, finalists, jobs, keeping, places, publishing
 from search.driver import Driver
 from search.errors import ExecutorError, RequestError, StudyError, TrialFailed
 from search.executors.local import LocalExecutor, start_method
@@ -44,6 +44,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     workspace = workspace_folder(config.workspace)
     asked = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     uri = publishing.anchored(asked) if asked else publishing.default_uri(workspace)
+    disk.check(workspace)
     make_workspace(workspace)
     publishing.check_uri(uri)
     folder = reserve(workspace, config.study, problem.name)
@@ -114,6 +115,7 @@ def resume(study: str, *, workspace: str | None = None, watcher: Watcher | None 
     slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
     uri = publishing.uri_of(places.study(meta, found.workspace))
     publishing.check_uri(uri)
+    disk.check(found.folder)
     with locked(found.folder), jobs.start_executor(slots, problem, found.folder, config.start_method) as executor:
         journal = Journal.open(found.folder / "journal.sqlite")
         try:
@@ -153,6 +155,19 @@ def _study_meta(
         "artifact_root": str(workspace / "artifacts"),
         "data": {key: prepared["manifest"][key] for key in ("digest", "fingerprint", "rows", "tiers")},
     }
+
+
+class _Tidying:
+    """A watcher that deletes what cannot win any more when a trial has ended."""
+
+    def __init__(self, watcher: Watcher, keeper: keeping.Keeper) -> None:
+        self._keeper, self._ended = keeper, watcher.ended
+        self.started, self.epoch, self.say, self.tick = watcher.started, watcher.epoch, watcher.say, watcher.tick
+
+    def ended(self, trial: Trial) -> None:
+        self._ended(trial)
+        self._keeper.ended(trial)
+        self._keeper.fits(self.say)
 
 
 def _drive(
@@ -203,6 +218,8 @@ def _drive(
 
     state = "FAILED"
     try:
+        most = None if config.max_disk is None else disk.parse_size(config.max_disk)
+        keeper = keeping.Keeper(folder, journal, most)
         driver = Driver(
             trials=config.trials,
             seed=config.seed,
@@ -215,7 +232,7 @@ def _drive(
             discovery=discovery,
             on_preflight=on_preflight,
             confirm=confirm,
-            watcher=watcher,
+            watcher=_Tidying(watcher, keeper),
         )
         journal.put("ended", driver.run())
         from search import evaluation  # its statistics take a while to import, and nothing before it needs them

@@ -17,7 +17,7 @@ MOST_LINES = 420
 # needs a place here, which is the moment to think about what it may know.
 LAYERS = (
     {"errors"},
-    {"trial", "channel", "problem", "rows", "metrics", "chain", "journal_file"},
+    {"trial", "disk", "channel", "problem", "rows", "metrics", "chain", "journal_file"},
     {"domain", "traces", "split", "ranks", "intervals", "ledger", "template", "publishing", "watcher", "finalists"},
     {"space", "store", "leakage"},
     {"data"},
@@ -26,7 +26,7 @@ LAYERS = (
     {"feeding", "few_errors"},
     {"journal", "runs", "statistics"},
     {"publisher", "verdicts", "candidates", "places"},
-    {"samplers", "executors", "tracking", "registry", "training", "selection"},
+    {"samplers", "executors", "keeping", "tracking", "registry", "training", "selection"},
     {"custom_metric", "preflight", "driver", "study", "devices"},
     {"judge", "worker"},
     {"jobs", "belief", "picture"},
@@ -54,7 +54,7 @@ UPWARD_WHEN_CALLED = {
 STDLIB_ONLY = {
     *("errors", "trial", "space", "domain", "traces", "history", "journal", "journal_file", "driver"),
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
-    *("places",),
+    *("places", "disk", "keeping"),
 }
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
