@@ -18,7 +18,9 @@ if TYPE_CHECKING:
         TrackingError,
     )
     from search.evaluation import evaluate
+    from search.garbage import gc
     from search.ledger import Ledger
+    from search.lifecycle import delete
     from search.rehearsal import check, try_params
     from search.study import Study
     from search.study import names as studies
@@ -39,7 +41,9 @@ _HOME = {
     "StudyFailed": "errors",
     "TrackingError": "errors",
     "check": "rehearsal",
+    "delete": "lifecycle",
     "evaluate": "evaluation",
+    "gc": "garbage",
     "launch": "wiring",
     "resume": "wiring",
     "serve": "ui",
@@ -60,7 +64,9 @@ __all__ = [
     "StudyFailed",
     "TrackingError",
     "check",
+    "delete",
     "evaluate",
+    "gc",
     "launch",
     "resume",
     "serve",

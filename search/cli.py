@@ -69,9 +69,9 @@ def main(debug: bool) -> None:
 )
 @options.final
 @options.disk
-@click.option("--tag", "tags", multiple=True, metavar="K=V", help="A tag for every MLflow run; may be repeated.")
+@options.tags
 @options.as_json
-def launch(space: str, tags: tuple[str, ...], as_json: bool, **asked: Any) -> None:
+def launch(space: str, as_json: bool, **asked: Any) -> None:
     """Search a space and test what it finds.
 
     SPACE is a Python file, a dotted module, or the name of a shipped space.
@@ -79,7 +79,7 @@ def launch(space: str, tags: tuple[str, ...], as_json: bool, **asked: Any) -> No
     from search.wiring import launch as run
 
     with _watching(_trainings(space=space, **asked), as_json) as watcher:
-        study = run(space, watcher=watcher, tags=_tags(tags), **asked)
+        study = run(space, watcher=watcher, **asked)
     _finished(study, as_json)
 
 
@@ -281,6 +281,46 @@ def ledger(as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("study")
+@click.option("--keep-runs", is_flag=True, help="Leave its runs in MLflow.")
+@options.yes
+@options.workspace
+@options.as_json
+def delete(study: str, keep_runs: bool, yes: bool, workspace: str | None, as_json: bool) -> None:
+    """Delete STUDY with its models, rows and MLflow runs.
+
+    The ledger keeps its openings. Rows that other studies use stay, and so do registered models.
+    """
+    from search import lifecycle
+
+    runs = "" if keep_runs else ", its runs in MLflow included"
+    options.sure(yes, f"delete study {study} for good{runs}?")
+    found = lifecycle.delete(study, workspace=workspace, keep_runs=keep_runs)
+    _told(found, lifecycle.lines(found), as_json)
+
+
+@main.command("gc")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@options.yes
+@options.workspace
+@options.as_json
+def collect(dry_run: bool, yes: bool, workspace: str | None, as_json: bool) -> None:
+    """Remove what nothing in the workspace needs.
+
+    Half-deleted studies, rows without a study, temporary files, models that cannot win. Never the ledger.
+    """
+    from search import garbage
+
+    found = garbage.gc(workspace, dry_run=True)
+    if not dry_run and found["removed"]:
+        if not (yes or as_json):
+            _told(found, garbage.lines(found, True), False)
+        options.sure(yes, "remove all that?")
+        found = garbage.gc(workspace)
+    _told(found, garbage.lines(found, dry_run), as_json)
+
+
+@main.command()
 @click.option("--port", type=int, default=5000, show_default=True)
 @options.workspace
 def ui(port: int, workspace: str | None) -> None:
@@ -325,12 +365,12 @@ def _trainings(**config: Any) -> int:
     return known.trials + known.confirmation().runs
 
 
-def _tags(given: tuple[str, ...]) -> dict[str, str]:
-    pairs = [tag.partition("=") for tag in given]
-    wrong = [tag for tag, (key, mark, _) in zip(given, pairs, strict=True) if not key or not mark]
-    if wrong:
-        raise RequestError(f"--tag must be K=V, but got {wrong[0]!r}")
-    return {key: value for key, _, value in pairs}
+def _told(found: Any, lines: Sequence[str], as_json: bool) -> None:
+    """Print JSON, or the same in plain words."""
+    if as_json:
+        return _print_json(found)
+    for line in lines:
+        click.echo(line)
 
 
 def _print_json(found: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -44,6 +45,40 @@ def _kept(_: Any, __: Any, given: str) -> int | None:
     if not given.isdecimal() or int(given) < 1:
         raise RequestError(f"--keep must be a whole number of at least 1, or all, but got {given!r}")
     return int(given)
+
+
+def tags(command: Any) -> Any:
+    """For MLflow."""
+    return click.option(
+        "--tag",
+        "tags",
+        multiple=True,
+        metavar="K=V",
+        callback=_tagged,
+        help="A tag for every MLflow run; may be repeated.",
+    )(command)
+
+
+def _tagged(_: Any, __: Any, given: tuple[str, ...]) -> dict[str, str]:
+    pairs = [tag.partition("=") for tag in given]
+    wrong = [tag for tag, (key, mark, _) in zip(given, pairs, strict=True) if not key or not mark]
+    if wrong:
+        raise RequestError(f"--tag must be K=V, but got {wrong[0]!r}")
+    return {key: value for key, _, value in pairs}
+
+
+def yes(command: Any) -> Any:
+    """For what cannot be taken back."""
+    return click.option("--yes", is_flag=True, help="Do not ask.")(command)
+
+
+def sure(said: bool, question: str) -> None:
+    """Ask at the terminal, unless ``--yes`` was said; anything but yes ends the command."""
+    if said:
+        return
+    if not sys.stdin.isatty():
+        raise RequestError("this asks before it deletes, but there is no terminal to answer at; add --yes")
+    click.confirm(question, abort=True, err=True)
 
 
 def final(command: Any) -> Any:

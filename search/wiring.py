@@ -105,7 +105,7 @@ def resume(study: str, *, workspace: str | None = None, watcher: Watcher | None 
     meta = found.meta("study")
     if meta is None or found.meta("state") is None:
         raise StudyError(
-            f"study {found.name!r} never began, so there is nothing to resume; remove {found.folder} and "
+            f"study {found.name!r} never began, so there is nothing to resume; `heldout delete {found.name}` and "
             "launch it again"
         )
     if found.state == "COMPLETE":

@@ -28,8 +28,8 @@ LAYERS = (
     {"publisher", "verdicts", "candidates", "places"},
     {"samplers", "executors", "keeping", "tracking", "registry", "training", "selection"},
     {"custom_metric", "preflight", "driver", "study", "devices"},
-    {"judge", "worker"},
-    {"jobs", "belief", "picture"},
+    {"judge", "worker", "lifecycle", "removing"},
+    {"jobs", "belief", "picture", "garbage"},
     {"report"},
     {"final", "winner"},
     {"freezing"},
@@ -54,14 +54,14 @@ UPWARD_WHEN_CALLED = {
 STDLIB_ONLY = {
     *("errors", "trial", "space", "domain", "traces", "history", "journal", "journal_file", "driver"),
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
-    *("places", "disk", "keeping"),
+    *("places", "disk", "keeping", "lifecycle", "garbage"),
 }
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
 SLOW = {
     "keras": {"training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric"},
     "keras_tuner": {"tracing"},
-    "mlflow": {"tracking", "publisher"},
+    "mlflow": {"tracking", "publisher", "removing"},
     "scipy": {"statistics", "intervals"},
     "tensorflow": set(),
     "hyperopt": set(),
@@ -74,7 +74,7 @@ SLOW = {
 MAY_REACH = {"mlflow": {"tracking"}, "keras_tuner": {"training", "preflight", "custom_metric"}}
 
 # Processes of their own end without unwinding: a forked child must not run its parent's exit handlers.
-MAY_LEAVE_AT_ONCE = {"channel", "template", "tracking"}
+MAY_LEAVE_AT_ONCE = {"channel", "template", "tracking", "removing"}
 
 
 def part(path: Path) -> str:
