@@ -19,7 +19,9 @@ if TYPE_CHECKING:
         TrackingError,
     )
     from search.evaluation import evaluate
+    from search.garbage import gc
     from search.ledger import Ledger
+    from search.lifecycle import delete
     from search.rehearsal import check, try_params
     from search.repairing import repair
     from search.reproduction import reproduce
@@ -45,7 +47,9 @@ _HOME = {
     "StudyFailed": "errors",
     "TrackingError": "errors",
     "check": "rehearsal",
+    "delete": "lifecycle",
     "evaluate": "evaluation",
+    "gc": "garbage",
     "launch": "wiring",
     "repair": "repairing",
     "resume": "resuming",
@@ -70,7 +74,9 @@ __all__ = [
     "StudyFailed",
     "TrackingError",
     "check",
+    "delete",
     "evaluate",
+    "gc",
     "launch",
     "repair",
     "reproduce",

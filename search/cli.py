@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from search import options, secrecy
-from search.errors import HeldoutError, RequestError, StudyFailed, StudyStopped
+from search.cli_recorded import COMMANDS
+from search.errors import HeldoutError, RequestError
+from search.printing import compare_link, finished, print_json, watching
 
 if TYPE_CHECKING:
     from search.study import StudyConfig
-    from search.trial import Trial
 
 _DEBUG = "heldout.debug"
 
@@ -63,9 +62,10 @@ def main(debug: bool) -> None:
 )
 @options.final
 @options.checkpoint_minutes
-@click.option("--tag", "tags", multiple=True, metavar="K=V", help="A tag for every MLflow run; may be repeated.")
+@options.disk
+@options.tags
 @options.as_json
-def launch(space: str, tags: tuple[str, ...], as_json: bool, **asked: Any) -> None:
+def launch(space: str, as_json: bool, **asked: Any) -> None:
     """Search a space and test what it finds.
 
     SPACE is a Python file, a dotted module, or the name of a shipped space.
@@ -73,9 +73,9 @@ def launch(space: str, tags: tuple[str, ...], as_json: bool, **asked: Any) -> No
     from search.study import StudyConfig
     from search.wiring import launch as run
 
-    with _watching(_trainings(StudyConfig(space=space, **asked)), as_json) as watcher:
-        study = run(space, watcher=watcher, tags=_tags(tags), **asked)
-    _finished(study, as_json)
+    with watching(_trainings(StudyConfig(space=space, **asked)), as_json) as watcher:
+        study = run(space, watcher=watcher, **asked)
+    finished(study, as_json)
 
 
 @main.command()
@@ -83,6 +83,7 @@ def launch(space: str, tags: tuple[str, ...], as_json: bool, **asked: Any) -> No
 @click.option("--trials", metavar="N|+N", help="Trials in all, or so many more [the plan's].")
 @click.option("--accept-changes", is_flag=True, help="Go on with a space module that was changed.")
 @click.option("--evaluate", type=click.Choice(["auto", "yes", "no"]), help="As for launch [as launched].")
+@click.option("--max-disk", metavar="SIZE", help="As for launch [as launched].")
 @options.workspace
 @options.as_json
 def resume(study: str, workspace: str | None, as_json: bool, **asked: Any) -> None:
@@ -95,28 +96,9 @@ def resume(study: str, workspace: str | None, as_json: bool, **asked: Any) -> No
     config = (stopped.meta("study") or {}).get("config")
     plan = _trainings(extended(StudyConfig(**config), asked["trials"])) if config else None
     ended = [trial for trial in stopped.trials if trial.state.is_finished]
-    with _watching(plan, as_json, ended) as watcher:
+    with watching(plan, as_json, ended) as watcher:
         found = run(study, workspace=workspace, watcher=watcher, **asked)
-    _finished(found, as_json)
-
-
-@main.command()
-@click.argument("study")
-@click.option("--now", is_flag=True, help="At once; trials that run begin anew on resume.")
-@options.workspace
-@options.as_json
-def stop(study: str, now: bool, workspace: str | None, as_json: bool) -> None:
-    """Ask a running STUDY to stop, its trials ended first.
-
-    It can be resumed. Ctrl-C where it runs does the same, and a second Ctrl-C the same as --now.
-    """
-    from search.stopping import stop as run
-
-    found = run(study, now=now, workspace=workspace)
-    if as_json:
-        return _print_json(found)
-    when = "at once" if now else "when the trials that run have ended"
-    click.echo(f"asked {found['driver']} to stop study {found['study']} {when}; `heldout resume {study}` goes on")
+    finished(found, as_json)
 
 
 @main.command()
@@ -128,10 +110,10 @@ def check(space: str, as_json: bool, **asked: Any) -> None:
     from search.rehearsal import check as run
     from search.report import check_lines
 
-    with _watching(None, as_json) as watcher:
+    with watching(None, as_json) as watcher:
         found = run(space, watcher=watcher, **asked)
     if as_json:
-        return _print_json(found)
+        return print_json(found)
     for line in check_lines(found):
         click.echo(line)
 
@@ -160,74 +142,13 @@ def try_(space: str, params: str, epochs: int | None, seed: int, as_json: bool) 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     found = try_params(space, values, epochs=epochs, seed=seed, say=None if as_json else click.echo)
     if as_json:
-        return _print_json(found)
+        return print_json(found)
     click.echo(
         f"validation score {found['score']:.6g} at epoch {found['best_epoch']} of {found['epochs']}, "
         f"{found['size']} weights"
     )
     for key, value in found["params"].items():
         click.echo(f"    {key} = {value}")
-
-
-@main.command()
-@click.argument("study", required=False)
-@options.workspace
-@options.as_json
-def status(study: str | None, workspace: str | None, as_json: bool) -> None:
-    """Show how far STUDY is, or all studies of the workspace."""
-    from search.report import status_line
-    from search.study import Study, names, workspace_folder
-
-    folder = workspace_folder(workspace)
-    wanted = [study] if study is not None else names(folder)
-    found = []
-    for name in wanted:
-        try:
-            found.append(Study(name, workspace).status())
-        except RequestError as error:
-            if study is not None:
-                raise
-            found.append({"study": name, "state": "UNREADABLE", "error": str(error)})  # and the others are shown
-    if as_json:
-        return _print_json(found[0] if study is not None else found)
-    for one in found:
-        click.echo(f"{one['study']}: {one['error']}" if "error" in one else status_line(one))
-    if not found:
-        click.echo(f"no studies in {folder}; start one with `heldout launch SPACE`")
-
-
-@main.command()
-@click.argument("study", required=False)
-@options.workspace
-@options.as_json
-def report(study: str | None, workspace: str | None, as_json: bool) -> None:
-    """Print what STUDY found, and what to believe of it."""
-    from search.report import lines
-    from search.report import report as make
-    from search.study import Study
-
-    found = make(Study(study, workspace))
-    if as_json:
-        return _print_json(found)
-    for line in lines(found):
-        click.echo(line)
-
-
-@main.command()
-@click.argument("study")
-@click.argument("trial", type=int)
-@options.workspace
-@options.as_json
-def show(study: str, trial: int, workspace: str | None, as_json: bool) -> None:
-    """Show one trial, and all that it printed."""
-    from search.report import trial_lines
-    from search.study import Study
-
-    found = Study(study, workspace).show(trial)
-    if as_json:
-        return _print_json(found)
-    for line in trial_lines(found):
-        click.echo(line)
 
 
 @main.command()
@@ -256,11 +177,11 @@ def export(
     from search.export import export as run
     from search.study import Study
 
-    with _watching(None, as_json) as watcher:
+    with watching(None, as_json) as watcher:
         asked: dict[str, Any] = {"trial": trial, "final": final, "format": format_, "register": register}
         lineage = run(Study(study, workspace), out, watcher=watcher, **asked)
     if as_json:
-        return _print_json(lineage)
+        return print_json(lineage)
     click.echo(f"trial {lineage['trial']} is in {out}: model.keras, lineage.json, MODEL_CARD.md, space.py")
     if final == "all":
         click.echo(f"    refitted on all {lineage['rows']} rows, test rows included, so no score applies to it")
@@ -285,68 +206,9 @@ def evaluate(study: str, final: str | None, workspace: str | None, as_json: bool
     found = Study(study, workspace)  # before what takes a while to import
     from search.evaluation import evaluate as run
 
-    with _watching(None, as_json) as watcher:
+    with watching(None, as_json) as watcher:
         run(found, final=final, watcher=watcher)
-    _finished(found, as_json)
-
-
-@main.command()
-@click.argument("study")
-@options.workspace
-@options.as_json
-def repair(study: str, workspace: str | None, as_json: bool) -> None:
-    """Bring back what a damaged STUDY still has.
-
-    Its journal is made whole again from all that can be read; damaged files are kept beside it.
-    """
-    from search.repairing import lines
-    from search.repairing import repair as run
-
-    found = run(study, workspace=workspace)
-    if as_json:
-        return _print_json(found)
-    for line in lines(found):
-        click.echo(line)
-
-
-@main.command()
-@click.argument("study")
-@click.argument("trial", type=int)
-@options.workspace
-@options.as_json
-def reproduce(study: str, trial: int, workspace: str | None, as_json: bool) -> None:
-    """Train one trial again, and compare.
-
-    Nothing is recorded. Exits with 1 if the result is another one.
-    """
-    from search.reproduction import lines
-    from search.reproduction import reproduce as run
-    from search.study import Study
-
-    with _watching(None, as_json) as watcher:
-        found = run(Study(study, workspace), trial, watcher=watcher)
-    if as_json:
-        _print_json(found)
-    else:
-        for line in lines(found):
-            click.echo(line)
-    click.get_current_context().exit(0 if found["reproduced"] else 1)
-
-
-@main.command()
-@options.as_json
-def ledger(as_json: bool) -> None:
-    """Show what held-out rows have been used for.
-
-    Of all studies in all workspaces: every opening of test rows, and how many trials guard rows have judged.
-    """
-    from search.ledger import Ledger, lines
-
-    found = Ledger().summary()
-    if as_json:
-        return _print_json(found)
-    for line in lines(found):
-        click.echo(line)
+    finished(found, as_json)
 
 
 @main.command()
@@ -365,28 +227,11 @@ def ui(port: int, host: str, workspace: str | None) -> None:
     with serve(folder, port, host) as server:
         click.echo(f"MLflow shows the workspace at {server.url}/?workflowType=machine_learning (stop with Ctrl-C)")
         for name in names(folder)[-5:]:
-            link = _compare_link(name, workspace, server.url)
+            link = compare_link(name, workspace, server.url)
             if link:
                 click.echo(f"all trials of {name}: {link}")
         with contextlib.suppress(KeyboardInterrupt):
             server.wait()
-
-
-# ── printing ─────────────────────────────────────────────────────────────────────────────────────
-
-
-@contextlib.contextmanager
-def _watching(planned: int | None, as_json: bool, earlier: Sequence[Trial] = ()) -> Iterator[Any]:
-    """A live view on standard error, so that standard output carries the result alone."""
-    from rich.console import Console
-
-    from search.view import View
-
-    if as_json:
-        yield None
-        return
-    with View(Console(stderr=True), planned, earlier) as view:
-        yield view
 
 
 def _say_error(text: str, debug: bool) -> None:
@@ -402,58 +247,8 @@ def _trainings(config: StudyConfig) -> int:
     return config.trials + config.confirmation().runs
 
 
-def _tags(given: tuple[str, ...]) -> dict[str, str]:
-    pairs = [tag.partition("=") for tag in given]
-    wrong = [tag for tag, (key, mark, _) in zip(given, pairs, strict=True) if not key or not mark]
-    if wrong:
-        raise RequestError(f"--tag must be K=V, but got {wrong[0]!r}")
-    return {key: value for key, _, value in pairs}
-
-
-def _print_json(found: Any) -> None:
-    click.echo(json.dumps(_strict(found), indent=2, default=str, allow_nan=False))
-
-
-def _strict(found: Any) -> Any:
-    """What JSON can hold: it has neither NaN nor infinities, which trials do report."""
-    if isinstance(found, dict):
-        return {key: _strict(value) for key, value in found.items()}
-    if isinstance(found, list | tuple):
-        return [_strict(value) for value in found]
-    return None if isinstance(found, float) and not math.isfinite(found) else found
-
-
-def _finished(study: Any, as_json: bool) -> None:
-    from search.report import lines
-    from search.report import report as make
-
-    found = make(study)
-    if as_json:
-        _print_json(found)
-    else:
-        uri = str(found["tracking"]["uri"] or "")
-        server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
-        link = _compare_link(study.name, str(study.workspace), server)
-        if link:  # before the report, since it is longer than a screen is wide
-            click.echo(f"all trials in MLflow{'' if server == uri else ' (after `heldout ui`)'}: {link}")
-        for line in lines(found):
-            click.echo(line)
-        if found["best"] is not None:
-            click.echo(f"export the model: heldout export {study.name} --out {study.name}-model")
-    if study.state == "STOPPED":
-        raise StudyStopped(f"study {study.name!r} was stopped; `heldout resume {study.name}` goes on")
-    if found["best"] is None:
-        raise StudyFailed(f"no trial of study {study.name!r} completed; `heldout show {study.name} 0` shows the first")
-
-
-def _compare_link(name: str, workspace: str | None, base: str) -> str | None:
-    from search import publishing
-    from search.study import Study
-
-    found = publishing.read(Study(name, workspace).folder)
-    runs = [run for _, run in sorted(found.get("runs", {}).items(), key=lambda item: int(item[0]))]
-    return publishing.compare_link(base, found["experiment_id"], runs) if runs else None
-
+for _command in COMMANDS:
+    main.add_command(_command)
 
 if __name__ == "__main__":
     sys.exit(main())

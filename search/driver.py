@@ -374,7 +374,7 @@ class Driver:
             self._failures += trial.reason != "lost"
         self._leave(attempt)
         self._watcher.ended(trial)
-        self._surroundings.ended(self._journal.history())
+        self._surroundings.ended(trial)
         if self._failures >= MOST_FAILURES_IN_A_ROW:
             raise StudyFailed(
                 f"{MOST_FAILURES_IN_A_ROW} trials in a row failed, the last one ({trial.number}) with: "

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from search import intervals, jobs, picture, publishing, scoring, statistics, verdicts, winner
+from search import intervals, jobs, picture, places, publishing, scoring, statistics, verdicts, winner
 from search.data import SealedRows
 from search.errors import StudyError
 from search.executors import Executor, Job
@@ -44,7 +44,8 @@ def evaluate(study: Study, *, final: str | None = None, watcher: Watcher | None 
     StudyConfig(study.name, final=final)  # checks it
     watcher = watcher or Silent()
     problem = Problem(**study.meta("prepared")["problem"])
-    publishing.check_uri(publishing.uri_of(study.meta("study")))  # before rows are opened that it could not show
+    meta = places.study(study.meta("study"), study.workspace)
+    publishing.check_uri(publishing.uri_of(meta))  # before rows are opened that it could not show
     with locked(study.folder):
         journal = Journal.open(study.folder / "journal.sqlite")
         try:
@@ -102,7 +103,7 @@ def open_test(
         ``opening`` (the how-manieth of these rows), ``alpha``, ``winner``, ``baseline``, ``difference``, ``gap``,
         ``verdicts``.
     """
-    prepared, selection = journal.get("prepared"), journal.get("selection")
+    prepared, selection = places.prepared(journal), journal.get("selection")
     watcher.say("freezing the selection")
     frozen = freeze(folder, journal, executor, watcher, final)
     sealed, fingerprint = SealedRows(Path(prepared["sealed"])), prepared["manifest"]["fingerprint"]

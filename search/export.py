@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from search import final as refits
-from search import jobs, publishing, scoring
+from search import jobs, places, publishing, scoring
 from search.errors import RequestError, StudyError
 from search.executors import Executor, Job
-from search.freezing import build_file, intact, predict_file
+from search.freezing import build_file, gone, intact, predict_file
 from search.journal import Journal
 from search.judge import RowJudge
 from search.problem import Problem
@@ -76,9 +76,13 @@ def export(
     watcher = watcher or Silent()
     with study.journal() as journal:
         chosen = _chosen(study, journal, trial)
-        prepared = jobs.prepared_for(journal, chosen)
-        uri = publishing.uri_of(journal.get("study")) if register is not None else ""
+        if trial is not None and final is None and not _has_model(journal, trial):
+            raise RequestError(gone(trial))
+        uri = ""
+        if register is not None:
+            uri = publishing.uri_of(places.study(journal.get("study"), study.workspace))
         with _beside(folder) as scratch:
+            prepared = jobs.prepared_for(journal, chosen)
             made = Path(scratch) / "out"
             made.mkdir()
             env = jobs.secrets_of(journal)
@@ -128,6 +132,13 @@ def _chosen(study: Study, journal: Journal, number: int | None) -> Trial:
     return known[number]
 
 
+def _has_model(journal: Journal, number: int) -> bool:
+    """Whether a complete trial's weights are there, or a frozen file of the same model is."""
+    models = (journal.get("frozen") or {"models": {}})["models"].values()
+    frozen = any(item["trial"] == number and not item.get("final") for item in models)
+    return frozen or places.weights(journal.path.parent, number).exists()
+
+
 def _built(
     journal: Journal,
     executor: Executor,
@@ -147,7 +158,8 @@ def _built(
         None; and of a refit ``final``, ``epochs`` and ``rows``. One on every row has instead of ``tested`` the
         scores of the model that the search made, ``before``.
     """
-    frozen = intact(journal.get("frozen") or {"models": {}})["models"]
+    record = journal.get("frozen") or {"models": {}}
+    frozen = intact(places.frozen(record, journal.path.parent))["models"]
     mine = {role: item for role, item in frozen.items() if item["trial"] == trial.number}
     roles = [role for role, item in mine.items() if not (by_number and item.get("final"))]
     tested = _tested(journal, roles[0]) if roles else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from search import final as refitting
-from search import jobs, verdicts
+from search import jobs, places, verdicts
 from search.errors import RequestError
 from search.executors import Executor, Job
 from search.journal import Journal
@@ -28,13 +28,13 @@ def freeze(
         ``models`` (role to trial, path, sha256, declaration, custom), ``objective``, ``analysis``, and
         ``digest`` over all of it.
     """
-    prepared, selection = journal.get("prepared"), journal.get("selection")
+    prepared, selection = places.prepared(journal), journal.get("selection")
     chosen = {role: selection[role]["trial"] for role in ("winner", "baseline") if selection[role] is not None}
     freezes: dict[str, Any] = journal.get("freezes") or {}
     known = freezes.get(final or "as trained")
     if known is not None and chosen == {role: model["trial"] for role, model in known["models"].items()}:
         journal.put("frozen", known)
-        return intact(known)
+        return intact(places.frozen(known, folder))
     place = folder / "frozen"
     place.mkdir(mode=0o700, exist_ok=True)  # a refitted model has learned sealed labels
     written: dict[int, dict[str, Any]] = {}
@@ -94,19 +94,30 @@ def build_file(
     """Write one trial's model, preprocessing included, as a ``.keras`` file.
 
     Raises:
-        RequestError: If the recorded parameters no longer build the recorded model.
+        RequestError: If its weights were not kept, or the recorded parameters no longer build the recorded model.
     """
+    weights = places.weights(journal.path.parent, trial.number)
+    if not weights.exists():
+        raise RequestError(gone(trial.number))
     prepared, space = jobs.prepared_for(journal, trial), journal.space()
     payload = jobs.base_payload(prepared, path.parent) | {
         "seed": trial.seed,
         "proposal": space.proposal(trial.params),
-        "weights": trial.extra["weights"],
+        "weights": str(weights),
         "out": str(path),
     }
     job = Job(f"export-{trial.number}", "export", payload, log=str(path.parent / "export.log"))
     built = jobs.call(executor, job, watcher, slot=executor.slots[0])
     refitting.check_parameters(space, trial, built["asks"])
     return {"declaration": built["declaration"], "custom": built["custom"], "size": built["size"]}
+
+
+def gone(number: int) -> str:
+    """Why a complete trial has no model, and what to do."""
+    return (
+        f"the model of trial {number} must be on disk, but it was not kept, as others had better validation scores "
+        "(`--keep`); take the winner or one that `heldout show` calls kept, or launch with --keep all to keep every one"
+    )
 
 
 def predict_file(

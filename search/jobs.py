@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from search import devices, publishing, secrecy
+from search import devices, places, publishing, secrecy
 from search.errors import SpaceError, request_error
 from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot, Warned
 from search.executors.local import LocalExecutor
@@ -71,7 +71,8 @@ def secrets_of(journal: Journal) -> tuple[str, ...]:
 
 def publish(folder: Path, journal: Journal, watcher: Watcher) -> None:
     """Let MLflow catch up with what was put in the journal after the study's end."""
-    with publishing.start(folder, publishing.uri_of(journal.get("study"))) as tracker:
+    study = places.study(journal.get("study"), folder.parent.parent)
+    with publishing.start(folder, publishing.uri_of(study)) as tracker:
         if not tracker.finish():
             watcher.say(BEHIND)
 
@@ -148,11 +149,12 @@ def prepared_for(journal: Journal, trial: Trial) -> dict[str, Any]:
 
     They differ between trials only in a study that was resumed with ``--accept-changes``.
     """
-    prepared: dict[str, Any] = journal.get("prepared")
+    prepared = places.prepared(journal)
     texts: dict[str, dict[str, Any]] | None = journal.get("texts")
     if texts is None:
         return prepared
-    return prepared | texts[trial.text or journal.get("study")["space"]["digest"]]
+    found = prepared | texts[trial.text or journal.get("study")["space"]["digest"]]
+    return found | places.located(found, journal.path.parent.absolute())
 
 
 def openings(prepared: dict[str, Any]) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
+
+from search.errors import RequestError
 
 
 def workspace(command: Any) -> Any:
@@ -19,6 +22,63 @@ def workspace(command: Any) -> Any:
 def as_json(command: Any) -> Any:
     """For programs."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def disk(command: Any) -> Any:
+    """What a study may leave on disk."""
+    command = click.option(
+        "--max-disk", metavar="SIZE", help="Most that the study's folder may hold, such as 20G; beyond, fewer are kept."
+    )(command)
+    return click.option(
+        "--keep",
+        metavar="K",
+        default="20",
+        show_default=True,
+        callback=_kept,
+        help="Models of the search to keep, the best by validation score, or all.",
+    )(command)
+
+
+def _kept(_: Any, __: Any, given: str) -> int | None:
+    if given == "all":
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise RequestError(f"--keep must be a whole number of at least 1, or all, but got {given!r}")
+    return int(given)
+
+
+def tags(command: Any) -> Any:
+    """For MLflow."""
+    return click.option(
+        "--tag",
+        "tags",
+        multiple=True,
+        metavar="K=V",
+        callback=_tagged,
+        help="A tag for every MLflow run; may be repeated.",
+    )(command)
+
+
+def _tagged(_: Any, __: Any, given: tuple[str, ...]) -> dict[str, str]:
+    pairs = [tag.partition("=") for tag in given]
+    wrong = [tag for tag, (key, mark, _) in zip(given, pairs, strict=True) if not key or not mark]
+    if wrong:
+        raise RequestError(f"--tag must be K=V, but got {wrong[0]!r}")
+    return {key: value for key, _, value in pairs}
+
+
+def yes(command: Any) -> Any:
+    """For what cannot be taken back."""
+    return click.option("--yes", is_flag=True, help="Do not ask.")(command)
+
+
+def sure(said: bool, question: str) -> None:
+    """Ask at the terminal, unless ``--yes`` was said; anything but yes ends the command."""
+    if said:
+        return
+    if not sys.stdin.isatty():
+        raise RequestError("this asks before it deletes, but there is no terminal to answer at; add --yes")
+    click.confirm(question, abort=True, err=True)
 
 
 def final(command: Any) -> Any:

@@ -329,8 +329,8 @@ class Publisher:
         status = "KILLED" if state == "RUNNING" else runs.STUDY_STATUS[state]
         self._send(self._parent.run_id, points, tags=tags)
         if summary.get("picture"):
-            run_id, picture = self._parent.run_id, summary["picture"]
-            self._store("picture", lambda: self._client.log_artifact(run_id, picture, "report"))
+            run_id, picture = self._parent.run_id, self._journal.path.parent / Path(summary["picture"]).name
+            self._store("picture", lambda: self._client.log_artifact(run_id, str(picture), "report"))
         self._client.set_terminated(self._parent.run_id, status, runs.optional_millis(self._journal.put_at("state")))
         self._parent.status = status
 

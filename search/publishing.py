@@ -379,3 +379,26 @@ def _status(uri: str, path: str) -> int:
     except urllib.error.HTTPError as error:
         with error:
             return error.code
+
+
+def call(module: str, uri: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Asks a process of ours that imports MLflow: JSON in, JSON out.
+
+    Args:
+        module: Such as ``search.removing``.
+        uri: MLflow's address, handed over like the tracker's.
+
+    Raises:
+        TrackingError: If it refused, or ended without an answer.
+    """
+    environment = {**os.environ, **TRACKER_ENVIRONMENT, **_python_path(), "MLFLOW_TRACKING_URI": uri}
+    command = [sys.executable, "-P", "-m", module]
+    ran = subprocess.run(command, input=json.dumps(asked), env=environment, capture_output=True, text=True)
+    try:
+        answer: dict[str, Any] = json.loads(ran.stdout)
+    except ValueError:
+        last = (ran.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        answer = {"error": f"its process ended with {ran.returncode}: {last}"}
+    if "error" in answer:
+        raise TrackingError(f"MLflow's store {redacted(uri)} must be usable, but: {answer['error']}")
+    return answer

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from search import belief, metrics, publishing, scoring, verdicts
+from search import belief, keeping, metrics, places, publishing, scoring, verdicts
 from search.domain import Domain
 from search.errors import StudyError
 from search.ledger import times
@@ -254,12 +254,17 @@ def _domain(raw: dict[str, Any]) -> str:
 
 
 def status(study: Study) -> dict[str, Any]:
-    """The report, with ``planned`` trials, the numbers of those ``running``, and how many have ``confirmed``."""
+    """The report, with ``planned`` trials, the numbers of those ``running``, how many have ``confirmed``, and how many
+    models are ``kept`` and ``deleted``."""
     planned = study.meta("study", {"config": {"trials": None}})["config"]["trials"]
-    trials = study.trials
+    with study.journal() as journal:
+        trials = journal.history()
+        kept = len(keeping.kept(trials, keeping.limit(journal)))
+        deleted = len(keeping.kept(trials, None)) - kept
     running = [trial.number for trial in trials if not trial.state.is_finished]
     confirmed = sum(trial.confirms is not None and trial.state.is_finished for trial in trials)
-    return report(study) | {"planned": planned, "running": running, "confirmed": confirmed}
+    more = {"planned": planned, "running": running, "confirmed": confirmed, "kept": kept, "deleted": deleted}
+    return report(study) | more
 
 
 def status_line(found: dict[str, Any]) -> str:
@@ -270,6 +275,7 @@ def status_line(found: dict[str, Any]) -> str:
     parts = [f"{found['study']}: {found['state'].lower()}, {done} of {found['planned']} trials"]
     parts += [f", {failed} failed"] if failed else []
     parts += [f", {found['confirmed']} confirming trainings"] if found["confirmed"] else []
+    parts += [f", {found['kept']} models kept"] if found["deleted"] else []
     if found["running"] and found["state"] == "RUNNING":
         parts.append(f", running {', '.join(map(str, found['running']))}")
     shown = "none yet" if best_ is None else f"{number(best_['validation'])} (trial {best_['trial']})"
@@ -277,7 +283,8 @@ def status_line(found: dict[str, Any]) -> str:
 
 
 def show(study: Study, number: int) -> dict[str, Any]:
-    """One trial with its ``reports`` (epoch by epoch) and its ``log`` (what it printed, tracebacks included).
+    """One trial with its ``reports`` (epoch by epoch), whether its model is ``kept``, and its ``log`` (what it printed,
+    tracebacks included).
 
     Raises:
         StudyError: If the study has no such trial.
@@ -287,9 +294,10 @@ def show(study: Study, number: int) -> dict[str, Any]:
         raise StudyError(f"study {study.name!r} has no trial {number}; it has {len(study.trials)}, from 0")
     with study.journal() as journal:
         reports = journal.reports(trial=number)
-    log = study.folder / "trials" / f"{number:04d}" / "log.txt"
+    log = places.trial(study.folder, number) / places.LOG
     return trial.to_json() | {
         "reports": [{"attempt": r.attempt, "step": r.step, "metrics": dict(r.metrics)} for r in reports],
+        "kept": trial.state is TrialState.COMPLETE and places.weights(study.folder, number).exists(),
         "log": log.read_text(errors="replace") if log.exists() else "",
     }
 
@@ -302,6 +310,8 @@ def trial_lines(found: dict[str, Any]) -> list[str]:
         out.append(f"trains the configuration of trial {found['confirms']} again, with a seed of its own")
     if found["reason"]:
         out.append(f"{found['reason']}: {found['message']}")
+    if found["state"] == TrialState.COMPLETE:
+        out.append("its model is kept" if found["kept"] else "its model was not kept: others scored better (--keep)")
     out += [f"    {key} = {value}" for key, value in found["params"].items()]
     for one in found["reports"]:
         if one["attempt"] == found["attempt"]:

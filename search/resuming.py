@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import re
 from pathlib import Path
-from typing import Any
 
-from search import devices, jobs, publishing
+from search import devices, disk, jobs, journal_file, places, publishing
 from search.errors import DataError, RequestError, StudyError
 from search.executors import NO_GPU, Executor, Job
 from search.journal import Journal
@@ -30,6 +30,7 @@ def resume(
     *,
     trials: str | int | None = None,
     evaluate: str | None = None,
+    max_disk: str | None = None,
     accept_changes: bool = False,
     workspace: str | None = None,
     watcher: Watcher | None = None,
@@ -39,6 +40,7 @@ def resume(
     Args:
         trials: A new number of trials in all, or ``"+40"`` for so many more; None keeps the plan.
         evaluate: A new word on the test rows, as in ``StudyConfig``; None keeps the recorded one.
+        max_disk: A new limit, as in ``StudyConfig``.
         accept_changes: Go on with the space module as it is now, if it was changed.
 
     Raises:
@@ -50,17 +52,21 @@ def resume(
     meta = found.meta("study")
     if meta is None or found.meta("state") is None:
         raise StudyError(
-            f"study {found.name!r} never began, so there is nothing to resume; remove {found.folder} and "
+            f"study {found.name!r} never began, so there is nothing to resume; `heldout delete {found.name}` and "
             "launch it again"
         )
-    asked = StudyConfig(**meta["config"] | ({} if evaluate is None else {"evaluate": evaluate}))
+    changed = {key: value for key, value in (("evaluate", evaluate), ("max_disk", max_disk)) if value is not None}
+    asked = StudyConfig(**{"keep": None} | meta["config"] | changed)  # before there was a limit, all were kept
     recorded = Problem(**found.meta("prepared")["problem"])
     problem = _current(recorded, accept_changes, found.name, watcher)
     slots = devices.slots(asked.workers, asked.gpus, asked.trials_per_gpu, asked.gpus_per_trial)
-    uri = publishing.uri_of(meta)
+    uri = publishing.uri_of(places.study(meta, found.workspace))
+    disk.check(found.folder)
     if (away := publishing.check_uri(uri, must_answer=False)) is not None:
         watcher.say(f"{away}; going on without it, and MLflow gets everything once it is back")
-    with locked(found.folder) as hold, Journal.open(found.folder / "journal.sqlite") as journal:
+    with locked(found.folder) as hold, contextlib.ExitStack() as stack:
+        journal_file.back_up(found.folder / "journal.sqlite")
+        journal = stack.enter_context(Journal.open(found.folder / "journal.sqlite"))
         plan = _plan(found.name, journal, asked, trials)
         if found.meta("state") == "COMPLETE" and plan.trials == asked.trials:
             raise StudyError(
@@ -188,8 +194,8 @@ def _adopt(
         RequestError: If the module does not work, or its rows, objective or direction are not the study's.
     """
     watcher.say("the space module has changed: loading its rows and building its default model")
-    old: dict[str, Any] = journal.get("prepared")
-    place = study.folder / "texts" / problem.digest[:12]
+    old = places.prepared(journal)
+    place = study.folder / places.TEXTS / problem.digest[:12]
     place.mkdir(parents=True, exist_ok=True)
     new = jobs.prepare(executor, problem, study.workspace, place, plan.split_seed, watcher)
     for what, then, now in (

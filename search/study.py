@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search import journal_file, secrecy
+from search import disk, journal_file, secrecy
 from search.errors import RequestError, StudyError
 from search.finalists import SEEDS, Confirmation, confirmation
 from search.journal import Journal
+from search.keeping import KEEP
 from search.lock import driver_of
 from search.space import Space
 from search.trial import Trial, best
@@ -55,6 +56,9 @@ class StudyConfig:
             ``"no"`` leaves them sealed.
         start_method: ``"fork"`` or ``"spawn"``, or None for what the platform has.
         env: Names of the variables that trials get and nothing shows: secrets. Their values are recorded nowhere.
+        keep: How many of the search's models are kept on disk, the best by validation score; None for all. The
+            winner is chosen among these, the baseline's and the confirming ones.
+        max_disk: The most that the study's folder may hold, such as ``"20G"``, or None.
         tags: Put on every MLflow run of the study.
         workspace: The one folder that everything is written under.
         tracking_uri: MLflow's, or None for the workspace's own SQLite file.
@@ -84,12 +88,14 @@ class StudyConfig:
     evaluate: str = "auto"
     start_method: str | None = None
     env: Sequence[str] = ()
+    keep: int | None = KEEP
+    max_disk: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     workspace: str | None = None
     tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("trials", "epochs", "workers", "trials_per_gpu", "gpus_per_trial", "confirm_seeds"):
+        for name in ("trials", "epochs", "workers", "trials_per_gpu", "gpus_per_trial", "confirm_seeds", "keep"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise RequestError(f"{_flag(name)} must be a whole number of at least 1, but got {value!r}")
@@ -122,6 +128,8 @@ class StudyConfig:
                 "`heldout export STUDY --out DIR --final all`, since nothing is left to test it"
             )
         object.__setattr__(self, "env", secrecy.check_variables(self.env))
+        if self.max_disk is not None and disk.parse_size(self.max_disk, "--max-disk") <= 0:
+            raise RequestError(f"--max-disk must be above 0, but got {self.max_disk!r}")
         if self.study is not None:
             check_name(self.study)
 

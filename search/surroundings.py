@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from search.trial import Trial
@@ -19,7 +18,7 @@ class Surroundings(Protocol):
     def lacks_room(self) -> str | None:
         """Why nothing more can be written, in one line; None while there is room on the disk."""
 
-    def ended(self, history: Sequence[Trial]) -> None:
+    def ended(self, trial: Trial) -> None:
         """A trial has ended and is recorded; must not raise."""
 
     def tick(self) -> None:
@@ -37,5 +36,5 @@ class Calm:
         """There is room."""
         return None
 
-    def ended(self, history: Sequence[Trial]) -> None: ...
+    def ended(self, trial: Trial) -> None: ...
     def tick(self) -> None: ...

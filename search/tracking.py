@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search import publishing, secrecy
+from search import places, publishing, secrecy
 from search.errors import RequestError
 from search.journal import Journal
 
@@ -142,6 +142,8 @@ def track(study_dir: Path, uri: str, ending: Ending, say: Callable[[dict[str, An
                 if over and not began:
                     return  # the study was called off before it began, and leaves no trace
                 if client is None:
+                    if uri == publishing.default_uri(workspace := study_dir.parent.parent):
+                        places.rebase_artifacts(workspace)
                     client = connect(uri)
                     say({"type": "ready"})
                 if began:
@@ -207,7 +209,8 @@ def _make_file(file: Path) -> None:
 
 def _artifact_root(uri: str, journal: Journal) -> Path | None:
     """A server knows best where artifacts go; for a bare database MLflow would take the working directory."""
-    root = journal.get("study").get("artifact_root")
+    workspace = journal.path.parent.parent.parent
+    root = places.study(journal.get("study"), workspace).get("artifact_root")
     return None if root is None or uri.startswith(("http://", "https://")) else Path(root)
 
 

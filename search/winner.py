@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from search import scoring, selection, statistics
+from search import keeping, places, scoring, selection, statistics
 from search.candidates import Candidate
 from search.data import SealedRows
 from search.errors import RequestError
@@ -34,14 +34,17 @@ def select(folder: Path, journal: Journal) -> dict[str, Any] | None:
         ``configuration``, scores and intervals on validation and guard rows), ``corrected``, ``noise_floor``,
         ``gains``, ``confirmation``.
     """
-    history, prepared = journal.history(), journal.get("prepared")
+    history, prepared = journal.history(), places.prepared(journal)
     leader = best(history)
     if leader is None:
         return None
     guards = {number: found for (number, _), found in sorted(journal.guards().items())}  # the last attempt's
     metric = scoring.resolve(prepared["objective"], leader.extra["declaration"])
     done = [trial for trial in history if trial.state is TrialState.COMPLETE]
-    candidates = [_candidate(trial, metric, *guards[trial.number]) for trial in done if trial.number in guards]
+    # What was deleted went by validation scores alone, so this choice is still all that guard rows decide.
+    there = keeping.kept(history, keeping.limit(journal))
+    able = [trial for trial in done if trial.number in guards and trial.number in there]
+    candidates = [_candidate(folder, trial, metric, *guards[trial.number]) for trial in able]
     candidates = [candidate for candidate in candidates if np.isfinite(candidate.guard)]
     sealed = SealedRows(Path(prepared["sealed"]))
     spread: dict[str, Any] = {"groups": sealed.groups("guard"), "ordered": prepared["manifest"]["ordered"]}
@@ -94,9 +97,12 @@ def select(folder: Path, journal: Journal) -> dict[str, Any] | None:
     }
 
 
-def _candidate(trial: Trial, metric: Metric, guard: float, evidence: Mapping[str, Any] | None) -> Candidate:
+def _candidate(
+    folder: Path, trial: Trial, metric: Metric, guard: float, evidence: Mapping[str, Any] | None
+) -> Candidate:
     assert trial.score is not None
-    parts = None if evidence is None else np.load(evidence["parts"], mmap_mode="r", allow_pickle=False)
+    path = places.guard_parts(folder, trial.number)
+    parts = None if evidence is None else np.load(path, mmap_mode="r", allow_pickle=False)
     sums = None if evidence is None or evidence["validation"] is None else np.array(evidence["validation"])
     return Candidate(trial.number, trial.configuration, trial.size, trial.score, guard, parts, sums)
 
@@ -107,7 +113,7 @@ def _validation_interval(
     """How far the score would lie from the truth by chance alone, had the rows not helped to choose."""
     if metric.is_custom or manifest["grouped"]:
         return None
-    place, outputs = folder / "trials" / f"{trial.number:04d}", len(trial.extra["declaration"]["outputs"])
+    place, outputs = places.trial(folder, trial.number), len(trial.extra["declaration"]["outputs"])
     files = [str(place / f"validation_{k}.npy") for k in range(outputs)]
     result = {"predictions": {"validation": files}, "declaration": trial.extra["declaration"]}
     score = judge.score("validation", metric, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import os
@@ -10,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from search import devices, finalists, jobs, publishing, secrecy
+from search import devices, disk, finalists, jobs, keeping, places, publishing, secrecy
 from search.driver import Driver
-from search.errors import ExecutorError, RequestError, StudyStopped, TrialFailed
+from search.errors import DiskFull, ExecutorError, RequestError, StudyStopped, TrialFailed
 from search.executors.local import LocalExecutor, start_method
 from search.journal import Journal
 from search.lock import locked
@@ -21,7 +22,7 @@ from search.samplers import get_sampler
 from search.stopping import Stopping
 from search.study import Study, StudyConfig, make_workspace, release, reserve, workspace_folder
 from search.supervision import Supervisor
-from search.surroundings import Calm
+from search.surroundings import FINISH, Calm
 from search.trial import Trial, searched
 from search.watcher import Silent, Watcher
 
@@ -52,6 +53,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     workspace = workspace_folder(config.workspace)
     asked = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     uri = publishing.anchored(asked) if asked else publishing.default_uri(workspace)
+    disk.check(workspace)
     make_workspace(workspace)
     publishing.check_uri(uri)
     folder = reserve(workspace, config.study, problem.name)
@@ -151,7 +153,7 @@ def drive(
     """
     from search.judge import RowJudge
 
-    meta, prepared = journal.get("study"), journal.get("prepared")
+    meta, prepared = journal.get("study"), places.prepared(journal)
     config = StudyConfig(**meta["config"])
     judge = RowJudge(
         Path(prepared["rows"]),
@@ -163,7 +165,7 @@ def drive(
     )
 
     def payload(trial: Trial, proposal: dict[str, Any] | None) -> dict[str, Any]:
-        place = folder / "trials" / f"{trial.number:04d}"
+        place = places.trial(folder, trial.number)
         place.mkdir(parents=True, exist_ok=True)
         return jobs.base_payload(jobs.prepared_for(journal, trial), place) | {
             "epochs": config.epochs,
@@ -190,6 +192,8 @@ def drive(
 
     state = "FAILED"
     try:
+        most = None if config.max_disk is None else disk.parse_size(config.max_disk)
+        keeper = keeping.Keeper(folder, journal, most)
         driver = Driver(
             trials=config.trials,
             seed=config.seed,
@@ -205,7 +209,7 @@ def drive(
             text=Problem(**prepared["problem"]).digest,
             watcher=watcher,
             supervisor=Supervisor(config.trial_timeout, config.heartbeat or None, executor.cpu_seconds),
-            surroundings=_House(stopping, tracker),
+            surroundings=_House(folder, stopping, tracker, keeper, watcher),
         )
         with stopping.gracefully():
             ended = driver.run()
@@ -238,13 +242,32 @@ def drive(
 class _House(Calm):
     """The surroundings of a study in a workspace."""
 
-    def __init__(self, stopping: Stopping, tracker: publishing.Tracker) -> None:
-        self._stopping, self._tracker = stopping, tracker
+    def __init__(
+        self, folder: Path, stopping: Stopping, tracker: publishing.Tracker, keeper: keeping.Keeper, watcher: Watcher
+    ) -> None:
+        self._folder, self._stopping, self._tracker = folder, stopping, tracker
+        self._keeper, self._watcher = keeper, watcher
+        self._overfull = False
 
     def stop(self) -> str | None:
-        """As it was asked by a signal or from another terminal."""
-        return self._stopping.asked()
+        """As it was asked by a signal or from another terminal; and when it may hold no more."""
+        return self._stopping.asked() or (FINISH if self._overfull else None)
+
+    def lacks_room(self) -> str | None:
+        """When less is free than must stay free."""
+        return disk.lack(self._folder)
+
+    def ended(self, trial: Trial) -> None:
+        """What cannot win any more is deleted."""
+        self._keeper.ended(trial)
+        with contextlib.suppress(DiskFull):  # how many are kept is recorded first; the next trial tries again
+            if not self._overfull and not self._keeper.fits(self._watcher.say):
+                self._overfull = True
+                self._watcher.say(
+                    "the study's folder is at --max-disk with only what must be kept in it, so the search ends here; "
+                    "`heldout resume STUDY --max-disk SIZE` goes on"
+                )
 
     def tick(self) -> None:
-        """Nobody minds a tracker that died but us."""
+        """A tracker that died is started again."""
         self._tracker.tend()

@@ -18,7 +18,7 @@ MOST_LINES = 420
 LAYERS = (
     {"errors"},
     {"secrecy"},
-    {"trial", "channel", "problem", "rows", "metrics", "chain", "journal_copy", "lock"},
+    {"trial", "disk", "channel", "problem", "rows", "metrics", "chain", "journal_copy", "lock"},
     {"domain", "traces", "split", "ranks", "intervals", "ledger", "template", "publishing", "watcher", "finalists"},
     {"journal_file", "usage", "retries", "surroundings", "supervision"},
     {"space", "store", "leakage"},
@@ -27,13 +27,13 @@ LAYERS = (
     {"fused", "checkpoints"},
     {"feeding", "few_errors"},
     {"journal", "runs", "statistics", "salvage"},
-    {"publisher", "verdicts", "candidates"},
-    {"samplers", "executors", "tracking", "registry", "training", "selection"},
+    {"publisher", "verdicts", "candidates", "places"},
+    {"samplers", "executors", "keeping", "tracking", "registry", "training", "selection"},
     {"custom_metric", "preflight", "study", "devices", "slots", "discovery", "recording"},
     {"attempt"},
     {"driver"},
-    {"judge", "worker", "stopping", "repairing"},
-    {"jobs", "belief", "picture"},
+    {"judge", "worker", "stopping", "repairing", "lifecycle", "removing"},
+    {"jobs", "belief", "picture", "garbage"},
     {"report"},
     {"final", "winner"},
     {"freezing"},
@@ -42,6 +42,8 @@ LAYERS = (
     {"resuming"},
     {"export"},
     {"view", "ui", "options"},
+    {"printing"},
+    {"cli_recorded"},
     {"", "cli"},  # "" is search/__init__.py, the documented functions
 )
 PARTS = {path.relative_to(SEARCH).parts[0].removesuffix(".py") for path in FILES}
@@ -61,13 +63,14 @@ STDLIB_ONLY = {
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
     *("usage", "retries", "surroundings", "supervision", "recording", "slots", "discovery", "attempt"),
     *("lock", "stopping", "salvage", "repairing", "secrecy", "watcher"),
+    *("places", "disk", "keeping", "lifecycle", "garbage"),
 }
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
 SLOW = {
     "keras": {"training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric", "checkpoints"},
     "keras_tuner": {"tracing"},
-    "mlflow": {"tracking", "publisher"},
+    "mlflow": {"tracking", "publisher", "removing"},
     "scipy": {"statistics", "intervals"},
     "tensorflow": set(),
     "hyperopt": set(),
@@ -80,7 +83,7 @@ SLOW = {
 MAY_REACH = {"mlflow": {"tracking"}, "keras_tuner": {"training", "preflight", "custom_metric"}}
 
 # Processes of their own end without unwinding: a forked child must not run its parent's exit handlers.
-MAY_LEAVE_AT_ONCE = {"channel", "template", "tracking"}
+MAY_LEAVE_AT_ONCE = {"channel", "template", "tracking", "removing"}
 
 
 def part(path: Path) -> str:

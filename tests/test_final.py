@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search import final, jobs, store, training, worker
+from search import final, jobs, places, store, training, worker
 from search.data import Dataset, OpenRows, SealedRows, prepare
 from search.errors import DataError, RequestError, SpaceError, StudyError
 from search.executors.inline import InlineExecutor
@@ -51,6 +52,7 @@ class Searched:
         self.problem = find(write_space(folder, **parts))
         self.study = folder / "ws" / "studies" / "s"
         self.study.mkdir(parents=True)
+        self.path = self.study / "journal.sqlite"
         loaded = worker.load(jobs.load_payload(self.problem, folder / "ws", self.study, 0), unheard)
         self.prepared = jobs.completed(loaded, self.problem)
         self.rows = OpenRows(Path(self.prepared["rows"]))
@@ -326,7 +328,10 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Study:
             trial = Trial(number, TrialState.RUNNING, params=done.trial.params, seed=number, confirms=confirms)
             journal.begin(trial)
             score = {"score": verdict.score + number, "loss": -verdict.score - number, "size": result["size"]}
-            known = {"epochs": 6, "best_epoch": best, "extra": {"weights": result["weights"]}}
+            known = {"epochs": 6, "best_epoch": best}
+            place = places.weights(done.study, number)
+            place.parent.mkdir(parents=True)
+            shutil.copyfile(result["weights"], place)
             journal.finish(trial.moved(TrialState.COMPLETE, **score, **known))
             journal.guard(number, 0, 0.25, None)
         journal.put("selection", {"winner": {"trial": 2, "configuration": 1, "guard": 0.25}})
@@ -392,7 +397,8 @@ def test_a_bare_process_loads_the_model_of_every_row(recorded: Study, tmp_path: 
 def test_a_retrained_winner_has_only_its_test_score_and_the_trial_itself_has_its_own(
     recorded: Study, tmp_path: Path, here: InlineExecutor
 ) -> None:
-    path = tmp_path / "retrained.keras"
+    path = recorded.folder / "frozen" / "retrained.keras"
+    path.parent.mkdir()
     with recorded.journal() as journal:
         winner = journal.history()[2]
         built = final.refit(journal, here, Silent(), winner, path, tiers=final.RETRAIN, epochs=3)

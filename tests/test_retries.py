@@ -238,7 +238,7 @@ class Asking(Calm):
     def __init__(self, after: int, how: str) -> None:
         self.after, self.how = after, how
 
-    def ended(self, history: Any) -> None:
+    def ended(self, trial: Any) -> None:
         self.after -= 1
 
     def stop(self) -> str | None:
