@@ -21,7 +21,8 @@ from search import garbage, lifecycle, places, publishing, runs, tracking, ui
 from search.errors import RequestError, StudyError, TrackingError
 from search.journal import Journal
 from search.ledger import Ledger
-from search.study import Study, locked, names
+from search.lock import locked
+from search.study import Study, names
 from search.trial import Trial, TrialState
 from tests.conftest import ROOT, Heldout
 from tests.tiny import write_space

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from search.errors import StudyError
+from search.journal import Journal
 from search.lock import driver_of, locked
 from search.study import Study
 from search.trial import TrialState
@@ -146,6 +147,8 @@ def test_stopped_at_once_what_ran_runs_again_on_resume(
     assert cut.state is TrialState.RUNNING
     trials = resumed(one, heldout)
     assert [t.state for t in trials] == [TrialState.COMPLETE] * 4
+    with Journal.open(one.study.folder / "journal.backup.sqlite", read_only=True) as backup:
+        assert backup.history()[number] == cut  # as it was when the study was taken up again
     again = trials[number]
     assert (again.attempt, again.seed, again.params, dict(again.retries)) == (1, cut.seed, cut.params, {})
 
@@ -363,3 +366,24 @@ def test_a_change_of_the_rows_is_a_new_study(tmp_path: Path, launched: Any, held
     assert one.study.state == "STOPPED"
     write_space(tmp_path, **SLOW)
     assert len(resumed(one, heldout)) == 4
+
+
+@pytest.mark.slow
+def test_a_study_that_may_hold_no_more_ends_its_search_and_goes_on_with_a_larger_limit(
+    tmp_path: Path, heldout: Heldout
+) -> None:
+    wide = PARTS["build"].replace("2, 16", "4000, 4100").replace("hp.Int('layers', 1, 2)", "1")  # 0.1 MB each
+    space = write_space(tmp_path, build=wide)
+    where = ("--workspace", str(tmp_path / "ws"))
+    plan = ("launch", space, "--trials", "14", "--study", "s", *CHEAP, "--max-disk", "900K", *where)
+    ran = heldout(*plan)
+    study = Study("s", tmp_path / "ws")
+    ended = len(study.trials)
+    assert ran.returncode == 1 and 1 < ended < 14, ran.stderr
+    assert "has reached --max-disk 900.0 KB: only the" in ran.stderr and "so the search ends here" in ran.stderr
+    assert study.state == "STOPPED" and all(t.state is TrialState.COMPLETE for t in study.trials)
+    left = [path.parent.name for path in study.folder.glob("trials/*/model.weights.h5")]
+    assert "0000" in left and len(left) <= 2  # the baseline's, and the best
+    ran = heldout("resume", "s", "--max-disk", "100M", *where)
+    assert ran.returncode == 0, ran.stderr
+    assert len(study.trials) == 14
