@@ -6,6 +6,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -138,16 +139,30 @@ def run(journal: Journal, world: World, first: bool) -> str:
     return made.run()
 
 
-@settings(
-    max_examples=60,
+WIDE = settings(
     deadline=None,
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+
+
+@settings(WIDE, max_examples=40)
 @given(st.data(), st.integers(1, 3))
 def test_whatever_happens_every_trial_of_the_plan_ends_once(
     tmp_path_factory: Any, data: st.DataObject, slots: int
 ) -> None:
+    check(tmp_path_factory, data, slots)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1200)
+@settings(WIDE, max_examples=600)
+@given(st.data(), st.integers(1, 3))
+def test_the_same_six_hundred_times(tmp_path_factory: Any, data: st.DataObject, slots: int) -> None:
+    check(tmp_path_factory, data, slots)
+
+
+def check(tmp_path_factory: Any, data: st.DataObject, slots: int) -> None:
     from search.errors import SpaceError, StudyStopped
 
     path: Path = tmp_path_factory.mktemp("machine") / "journal.sqlite"

@@ -6,6 +6,7 @@ Run with ``pytest -m faults``. Moments are random; each test prints its seed, an
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -22,10 +23,14 @@ from typing import Any
 
 import pytest
 
+from search.executors import Slot
+from search.executors.local import LocalExecutor
 from search.journal import Journal
 from search.study import Study
+from search.surroundings import Calm
 from search.trial import Trial, TrialState
 from tests.conftest import ROOT, run_heldout
+from tests.test_driver import driver
 from tests.test_executors import alive, gone
 from tests.tiny import PARTS, write_space
 
@@ -264,6 +269,53 @@ def test_a_killed_template_costs_the_trials_in_flight_one_attempt(tmp_path: Path
     assert all(t.state is TrialState.COMPLETE for t in trials)
     assert {reason for t in trials for reason in t.retries} == {"lost"}
     assert 1 <= sum(t.retries.get("lost", 0) for t in trials) <= 8  # two slots, four deaths
+
+
+def test_a_thousand_trials_that_do_nothing_leave_nothing(tmp_path: Path) -> None:
+    """Exact totals; no descriptor, process or memory more after a thousand trials than after two hundred."""
+    executor = LocalExecutor(
+        [Slot(n, 1) for n in range(4)],
+        log=tmp_path / "template.log",
+        path=[str(Path(__file__).parent)],
+        entry="idle:main",
+        required=("numpy",),
+        preload=("idle",),
+    )
+    seen: list[tuple[int, int, int, float, float]] = []
+
+    class Counting(Calm):
+        ended_trials = 0
+
+        def ended(self, trial: Trial) -> None:
+            self.ended_trials += 1
+            if self.ended_trials in (200, 1000):
+                template = executor.template_pid or 0
+                gc.collect()
+                seen.append((
+                    len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{template}/fd")), len(children(template)),
+                    resident(os.getpid()), resident(template),
+                ))  # fmt: skip
+
+    with Journal.create(tmp_path / "journal.sqlite", {}) as journal, executor:
+        made = driver(journal, None, executor=executor, trials=1000, surroundings=Counting())
+        assert made.run() == "complete"
+        trials = journal.history()
+        assert [t.number for t in trials] == list(range(1000))
+        assert all(t.state is TrialState.COMPLETE and t.attempt == 0 for t in trials)
+        assert len(journal.reports()) == 1000 and len(journal.guards()) == 1000
+    (fds, template_fds, running, memory, template_memory), after = seen
+    print(f"descriptors {fds} -> {after[0]}, of the template {template_fds} -> {after[1]}")
+    print(f"processes {running} -> {after[2]}")
+    print(f"MiB {memory:.1f} -> {after[3]:.1f}, of the template {template_memory:.1f} -> {after[4]:.1f}")
+    # A few of each come and go with the trials that run at that moment.
+    assert after[0] <= fds + 8 and after[1] <= template_fds + 4 and after[2] <= 4
+    # The driver has the history of 800 more trials in memory.
+    assert after[3] <= memory + 8 and after[4] <= template_memory + 2
+
+
+def resident(pid: int) -> float:
+    """MiB."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 # ── trials that misbehave ────────────────────────────────────────────────────────────────────────

@@ -132,6 +132,13 @@ def test_every_file_that_is_named_is_there(path: str) -> None:
     assert list(ROOT.glob(path)), f"README names {path}, which is not there"
 
 
+def test_every_test_that_a_promise_names_is_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", section("What happens when")))
+    texts = [path.read_text() for path in (ROOT / "tests").glob("test_*.py")]
+    there = {name for text in texts for name in re.findall(r"def (test_\w+)", text)}
+    assert len(named) > 20 and named <= there, named - there
+
+
 def test_the_code_refers_to_sections_that_exist() -> None:
     """Docstrings point readers to `README, "The report"` and the like."""
     wanted = {
