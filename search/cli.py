@@ -14,7 +14,7 @@ import click
 from search import options, secrecy
 from search.cli_recorded import COMMANDS
 from search.errors import HeldoutError, RequestError
-from search.printing import compare_link, finished, print_json, watching
+from search.printing import compare_link, finished, print_json, told, watching
 
 if TYPE_CHECKING:
     from search.study import StudyConfig
@@ -112,10 +112,7 @@ def check(space: str, as_json: bool, **asked: Any) -> None:
 
     with watching(None, as_json) as watcher:
         found = run(space, watcher=watcher, **asked)
-    if as_json:
-        return print_json(found)
-    for line in check_lines(found):
-        click.echo(line)
+    told(found, check_lines, as_json)
 
 
 @main.command("try")

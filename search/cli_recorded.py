@@ -47,10 +47,7 @@ def report(study: str | None, workspace: str | None, as_json: bool) -> None:
     from search.study import Study
 
     found = make(Study(study, workspace))
-    if as_json:
-        return print_json(found)
-    for line in lines(found):
-        click.echo(line)
+    told(found, lines, as_json)
 
 
 @click.command()
@@ -64,10 +61,7 @@ def show(study: str, trial: int, workspace: str | None, as_json: bool) -> None:
     from search.study import Study
 
     found = Study(study, workspace).show(trial)
-    if as_json:
-        return print_json(found)
-    for line in trial_lines(found):
-        click.echo(line)
+    told(found, trial_lines, as_json)
 
 
 @click.command()
@@ -102,10 +96,7 @@ def repair(study: str, workspace: str | None, as_json: bool) -> None:
     from search.repairing import repair as run
 
     found = run(study, workspace=workspace)
-    if as_json:
-        return print_json(found)
-    for line in lines(found):
-        click.echo(line)
+    told(found, lines, as_json)
 
 
 @click.command()
@@ -124,11 +115,7 @@ def reproduce(study: str, trial: int, workspace: str | None, as_json: bool) -> N
 
     with watching(None, as_json) as watcher:
         found = run(Study(study, workspace), trial, watcher=watcher)
-    if as_json:
-        print_json(found)
-    else:
-        for line in lines(found):
-            click.echo(line)
+    told(found, lines, as_json)
     click.get_current_context().exit(0 if found["reproduced"] else 1)
 
 
@@ -142,10 +129,7 @@ def ledger(as_json: bool) -> None:
     from search.ledger import Ledger, lines
 
     found = Ledger().summary()
-    if as_json:
-        return print_json(found)
-    for line in lines(found):
-        click.echo(line)
+    told(found, lines, as_json)
 
 
 @click.command()
@@ -164,7 +148,7 @@ def delete(study: str, keep_runs: bool, yes: bool, workspace: str | None, as_jso
     runs = "" if keep_runs else ", its runs in MLflow included"
     options.sure(yes, f"delete study {study} for good{runs}?")
     found = lifecycle.delete(study, workspace=workspace, keep_runs=keep_runs)
-    told(found, lifecycle.lines(found), as_json)
+    told(found, lifecycle.lines, as_json)
 
 
 @click.command("gc")
@@ -182,10 +166,10 @@ def collect(dry_run: bool, yes: bool, workspace: str | None, as_json: bool) -> N
     found = garbage.gc(workspace, dry_run=True)
     if not dry_run and found["removed"]:
         if not (yes or as_json):
-            told(found, garbage.lines(found, True), False)
+            told(found, lambda waste: garbage.lines(waste, True), False)
         options.sure(yes, "remove all that?")
         found = garbage.gc(workspace)
-    told(found, garbage.lines(found, dry_run), as_json)
+    told(found, lambda waste: garbage.lines(waste, dry_run), as_json)
 
 
 COMMANDS = (status, report, show, stop, repair, reproduce, ledger, delete, collect)

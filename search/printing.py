@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,11 +30,11 @@ def watching(planned: int | None, as_json: bool, earlier: Sequence[Trial] = ()) 
         yield view
 
 
-def told(found: Any, lines: Sequence[str], as_json: bool) -> None:
-    """Print JSON, or the same in plain words."""
+def told(found: Any, lines: Callable[[Any], Sequence[str]], as_json: bool) -> None:
+    """Print JSON, or the same in plain words, which ``lines`` makes of it."""
     if as_json:
         return print_json(found)
-    for line in lines:
+    for line in lines(found):
         click.echo(line)
 
 
