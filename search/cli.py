@@ -90,11 +90,12 @@ def resume(study: str, workspace: str | None, as_json: bool, **asked: Any) -> No
     """Continue STUDY where it stopped, or extend it."""
     from search.resuming import extended
     from search.resuming import resume as run
-    from search.study import Study, StudyConfig
+    from search.study import Study, config_of
 
-    stopped = Study(study, workspace)
-    config = (stopped.meta("study") or {}).get("config")
-    plan = _trainings(extended(StudyConfig(**config), asked["trials"])) if config else None
+    stopped, plan = Study(study, workspace), None
+    with stopped.journal() as journal:
+        if journal.get("study") is not None:
+            plan = _trainings(extended(config_of(journal), asked["trials"]))
     ended = [trial for trial in stopped.trials if trial.state.is_finished]
     with watching(plan, as_json, ended) as watcher:
         found = run(study, workspace=workspace, watcher=watcher, **asked)

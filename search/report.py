@@ -13,7 +13,7 @@ from search.domain import Domain
 from search.errors import StudyError
 from search.ledger import times
 from search.scoring import disagreement_line
-from search.study import Study
+from search.study import Study, config_of
 from search.trial import Trial, TrialState, best, searched
 
 PICTURE = "guard.png"
@@ -256,7 +256,8 @@ def _domain(raw: dict[str, Any]) -> str:
 def status(study: Study) -> dict[str, Any]:
     """The report, with ``planned`` trials, the numbers of those ``running``, how many have ``confirmed``, and how many
     models are ``kept`` and ``deleted``."""
-    planned = study.meta("study", {"config": {"trials": None}})["config"]["trials"]
+    with study.journal() as journal:
+        planned = config_of(journal).trials if journal.get("study") is not None else None
     with study.journal() as journal:
         trials = journal.history()
         kept = len(keeping.kept(trials, keeping.limit(journal)))

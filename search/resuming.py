@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import difflib
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ from search.lock import locked
 from search.problem import Problem, find
 from search.space import Space
 from search.stopping import Stopping
-from search.study import Study, StudyConfig
+from search.study import Study, StudyConfig, config_of
 from search.trial import searched
 from search.watcher import Silent, Watcher
 from search.wiring import drive
@@ -55,8 +56,11 @@ def resume(
             f"study {found.name!r} never began, so there is nothing to resume; `heldout delete {found.name}` and "
             "launch it again"
         )
-    changed = {key: value for key, value in (("evaluate", evaluate), ("max_disk", max_disk)) if value is not None}
-    asked = StudyConfig(**{"keep": None} | meta["config"] | changed)  # before there was a limit, all were kept
+    with found.journal() as journal:
+        before = config_of(journal)
+    asked = dataclasses.replace(
+        before, evaluate=evaluate or before.evaluate, max_disk=max_disk or before.max_disk
+    )
     recorded = Problem(**found.meta("prepared")["problem"])
     problem = _current(recorded, accept_changes, found.name, watcher)
     slots = devices.slots(asked.workers, asked.gpus, asked.trials_per_gpu, asked.gpus_per_trial)
@@ -80,7 +84,9 @@ def resume(
             if problem.digest != recorded.digest:
                 _adopt(journal, executor, found, recorded, problem, plan, watcher)
             with journal.one_commit():
-                journal.put("study", meta | {"config": plan.to_json() | {"tracking_uri": None}})
+                if plan != before:
+                    given = {"trials": plan.trials, "evaluate": plan.evaluate, "max_disk": plan.max_disk}
+                    journal.put("plan", given)
                 journal.put("state", "RUNNING")
             _say_what_is_left(journal, plan, watcher)
             discovery = None
@@ -103,7 +109,7 @@ def extended(config: StudyConfig, trials: str | int | None) -> StudyConfig:
     if given is None:
         raise RequestError(f"--trials must be a number of trials in all, or +N for N more, but got {trials!r}")
     wanted = int(given[2]) + (config.trials if given[1] else 0)
-    return StudyConfig(**config.to_json() | {"trials": wanted})
+    return dataclasses.replace(config, trials=wanted)
 
 
 def _plan(name: str, journal: Journal, config: StudyConfig, trials: str | int | None) -> StudyConfig:

@@ -142,6 +142,12 @@ class StudyConfig:
         return dataclasses.asdict(self) | {"tags": dict(self.tags), "env": list(self.env)}
 
 
+def config_of(journal: Journal) -> StudyConfig:
+    """What was asked for at launch, with what resumes have changed since (the journal's ``plan``)."""
+    launched = journal.get("study")["config"]
+    return StudyConfig(**{"keep": None} | launched | (journal.get("plan") or {}))  # once, all models were kept
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 

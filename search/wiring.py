@@ -20,7 +20,7 @@ from search.lock import locked
 from search.problem import Problem, find
 from search.samplers import get_sampler
 from search.stopping import Stopping
-from search.study import Study, StudyConfig, make_workspace, release, reserve, workspace_folder
+from search.study import Study, StudyConfig, config_of, make_workspace, release, reserve, workspace_folder
 from search.supervision import Supervisor
 from search.surroundings import FINISH, Calm
 from search.trial import Trial, searched
@@ -153,8 +153,7 @@ def drive(
     """
     from search.judge import RowJudge
 
-    meta, prepared = journal.get("study"), places.prepared(journal)
-    config = StudyConfig(**meta["config"])
+    prepared, config = places.prepared(journal), config_of(journal)
     judge = RowJudge(
         Path(prepared["rows"]),
         Path(prepared["sealed"]),

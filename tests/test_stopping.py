@@ -37,6 +37,8 @@ SLOW = {
 }
 CHEAP = ("--evaluate", "no", "--confirm", "0", "--workers", "1")
 
+pytestmark = pytest.mark.timeout(600)  # several studies in a row, by the command line
+
 
 class Launched:
     """A driver in a process of its own, whose lines are read as they come."""
