@@ -10,7 +10,7 @@ from typing import Any
 from search.attempt import Attempt, Judge, Verdict, alone, ended, job_id
 from search.discovery import Discovery
 from search.errors import SpaceError, StudyFailed, StudyStopped, TrialFailed, request_error
-from search.executors import Executor, Exited, Job, Lost, Message, Slot, Warned
+from search.executors import Executor, Exited, Job, Lost, Message, Slot, Warned, died
 from search.journal import Journal
 from search.recording import Recording
 from search.retries import may_retry
@@ -87,7 +87,7 @@ class Driver:
         self._exhausted = self._stopping = False
         self._starved: int | None = None  # length of the journal when nothing new could be proposed
         self._found: dict[str, Any] | None = None  # what preflight said, until discovery has spoken too
-        self._baseline_asks: list[dict[str, Any]] = []
+        self._held: tuple[Attempt, Verdict | None] | None = None  # the baseline's end, until the study has begun
 
     def run(self) -> str:
         """Run until the plan is done.
@@ -139,13 +139,15 @@ class Driver:
         self._supervisor.paused(_WAIT)
         self._tick()
 
-    # ── proposing ────────────────────────────────────────────────────────────────────────────
+    # ── proposing ──
 
     def _requeue_interrupted(self) -> None:
         """A trial that was running when its driver ended runs again, with its parameters, seed and number."""
+        # As they were proposed: the history has what they had asked for by then, which may be less.
+        proposed = {event.trial: event.body["params"] for event in self._journal.events() if event.kind == "trial"}
         for trial in self._journal.history():
             if not trial.state.is_finished:
-                self._requeued.append(trial)
+                self._requeued.append(dataclasses.replace(trial, params=proposed[trial.number]))
 
     def _more(self) -> bool:
         return not self._stopping and (bool(self._requeued or self._planned) or self._searching())
@@ -164,7 +166,7 @@ class Driver:
         while self._more() and self._recording.has_room():
             if not self._requeued and self._running and self._starved == self._journal.length:
                 return
-            number = self._requeued[0].number if self._requeued else len(self._journal.history())
+            number = self._requeued[0].number if self._requeued else self._next_number()
             if number and (self._space is None or not self._checked):
                 return  # only the baseline may run before preflight and discovery have spoken
             slot = self._seats.take(alone(self._requeued[0], self._on_host.get(number)) if self._requeued else None)
@@ -175,6 +177,11 @@ class Driver:
                 self._seats.give_back(slot)
                 return
             self._start(trial, slot)
+
+    def _next_number(self) -> int:
+        # Not the number of trials: a journal that was repaired may lack one in the middle.
+        history = self._journal.history()
+        return history[-1].number + 1 if history else 0
 
     def _next(self, number: int) -> Trial | None:
         """The next trial of the plan; None if there is none, or none yet."""
@@ -230,6 +237,8 @@ class Driver:
         if event.job.startswith("discover"):
             if (found := self._discovery.take(event)) is not None:
                 self._recording.durably(lambda: self._discovered(found))
+                if self._held is not None:
+                    self._finish(*self._held)
         elif event.job.startswith("score-"):
             self._scored(event)
         elif event.job in self._running:
@@ -247,9 +256,6 @@ class Driver:
 
     def _discovered(self, found: dict[str, Any]) -> None:
         self._journal.adopt(Space.from_json(found["space"]))
-        if self._baseline_asks:
-            # The baseline was sooner; what it asked for while training is not known to discovery.
-            self._journal.grow(self._baseline_asks)
         self._space = self._journal.space()
         self._begin()
         if not found["complete"]:
@@ -259,7 +265,12 @@ class Driver:
 
     def _trial_event(self, attempt: Attempt, event: Any) -> None:
         if isinstance(event, Message):
-            self._said(attempt, event.body)
+            try:
+                self._said(attempt, event.body)
+            except (KeyError, TypeError, AttributeError) as error:  # JSON, but not what a trial may say
+                attempt.asks, attempt.result = [], None
+                attempt.failed(died(event.job, f"it broke the protocol: {error!r}").body)
+                self._executor.kill(event.job)
         elif isinstance(event, Lost) and attempt.failure is None and attempt.result is not None:
             self._judged(attempt)  # it had finished, and its files are whole
         elif isinstance(event, Lost):
@@ -285,15 +296,15 @@ class Driver:
             grown = self._recording.durably(lambda: self._journal.grow(attempt.asks, number, complete=False))
             if self._space is not None:
                 self._space = grown  # proposals see what the journal says, or they could not be made again
-        elif kind == "preflight":
+        elif kind == "preflight" and not self._checked:
             self._checked, self._found = True, body
             self._recording.durably(self._begin)
         elif kind == "result":
             attempt.result, attempt.asks = body, body["asks"]
         elif kind == "failed":
-            if not self._checked and attempt.trial.number == 0 and not body.get("died"):
-                raise request_error(body.get("error"), body["message"])
             attempt.failed(body)
+            if not self._checked and attempt.trial.number == 0 and attempt.failure and not attempt.failure.chance:
+                raise request_error(body.get("error"), body["message"])
 
     def _begin(self) -> None:
         """Say that the request is sound, once preflight and discovery agree on it."""
@@ -326,9 +337,12 @@ class Driver:
         self._watcher.say(f"trial {waiting.number} runs again ({failure.reason}: {failure.message})")
 
     def _judged(self, attempt: Attempt) -> None:
-        assert attempt.result is not None
+        result = attempt.result
+        assert result is not None
         try:
-            verdict = self._judge.judge(attempt.result)
+            verdict = self._recording.durably(lambda: self._judge.judge(result))
+        except StudyFailed:  # of the disk or the driver, which is no fault of the trial
+            raise
         except TrialFailed as failure:
             attempt.failure, verdict = failure, None
         except Exception as error:  # of one trial: its model may lack the metric, or have another shape
@@ -367,6 +381,9 @@ class Driver:
             self._finish(attempt, None if attempt.failure else attempt.settled)
 
     def _finish(self, attempt: Attempt, verdict: Verdict | None) -> None:
+        if not self._discovery.is_over:
+            self._held = attempt, verdict  # told only when it cannot be taken back: discovery may yet refuse the space
+            return
         trial = self._recording.write(lambda: self._recorded(attempt, verdict))
         if verdict is not None:
             self._failures = 0
@@ -399,8 +416,5 @@ class Driver:
             return dict(attempt.trial.params)
         whole = attempt.failure is None
         grown = self._journal.grow(attempt.asks, attempt.trial.number, complete=whole)
-        if self._space is not None:
-            self._space = grown
-        elif whole:
-            self._baseline_asks = attempt.asks
+        self._space = grown
         return dict(grown.params_of(attempt.asks))

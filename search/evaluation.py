@@ -11,9 +11,9 @@ import numpy as np
 
 from search import intervals, jobs, picture, places, publishing, scoring, statistics, verdicts, winner
 from search.data import SealedRows
-from search.errors import StudyError
+from search.errors import RequestError, StudyError
 from search.executors import Executor, Job
-from search.freezing import freeze, predict_file
+from search.freezing import by_text, freeze, predict_file
 from search.journal import Journal
 from search.ledger import Ledger, times
 from search.lock import locked
@@ -134,10 +134,15 @@ def open_test(
         "purpose": "winner against baseline",
         "time": time.time(),
     }
+    for own, group in by_text(journal, frozen["models"]):  # a model that cannot be loaded costs no opening
+        predict_file(executor, watcher, own, group, "validation", folder / "frozen")
     # A first opening must still be the first when it is entered: another study may be opening the same rows.
     number = ledger.append(entry, hashes, expected=None if again else 1, prior=prior, alpha=verdicts.alpha)
     watcher.say(f"opening the sealed test rows (opening {number} of these rows)")
-    result = _scored(folder, prepared, frozen, selection, sealed, executor, watcher, number)
+    try:
+        result = _scored(folder, journal, prepared, frozen, selection, sealed, executor, watcher, number)
+    except RequestError as error:
+        raise RequestError(f"opening {number} of these test rows is entered and counts, but {error}") from None
     ledger.record_result(number, frozen["digest"], result)
     return _record(journal, "evaluation", result)
 
@@ -171,6 +176,7 @@ def _record(journal: Journal, key: str, found: dict[str, Any]) -> dict[str, Any]
 
 def _scored(
     folder: Path,
+    journal: Journal,
     prepared: dict[str, Any],
     frozen: dict[str, Any],
     selection: dict[str, Any],
@@ -183,9 +189,10 @@ def _scored(
     models, manifest = frozen["models"], prepared["manifest"]
     alpha = verdicts.alpha(opening)
     metric = scoring.resolve(frozen["objective"], models["winner"]["declaration"])
-    files = predict_file(
-        executor, watcher, prepared, models, "test", folder / "frozen", sealed.feature_files("test")
-    )["predictions"]
+    files: dict[str, list[str]] = {}
+    features = sealed.feature_files("test")
+    for own, group in by_text(journal, models):
+        files |= predict_file(executor, watcher, own, group, "test", folder / "frozen", features)["predictions"]
     out: dict[str, Any] = {
         "opened": True,
         "opening": opening,
@@ -201,7 +208,7 @@ def _scored(
     }
     is_baseline = "baseline" in models and models["baseline"]["trial"] == models["winner"]["trial"]
     if metric.is_custom:
-        out |= _by_keras(prepared, frozen, files, sealed, executor, watcher)
+        out |= _by_keras(journal, frozen, files, sealed, executor, watcher)
     else:
         out |= _with_intervals(prepared, frozen, selection, files, sealed, alpha)
     if is_baseline:
@@ -265,7 +272,7 @@ def _with_intervals(
 
 
 def _by_keras(
-    prepared: dict[str, Any],
+    journal: Journal,
     frozen: dict[str, Any],
     files: dict[str, list[str]],
     sealed: SealedRows,
@@ -274,12 +281,14 @@ def _by_keras(
 ) -> dict[str, Any]:
     """Scores of a metric that only Keras can compute; it has no interval here, and says so."""
     labels = sealed.label_files("test")
-    payload = {
-        "problem": prepared["problem"],
-        "objective": frozen["objective"],
-        "sets": {role: {"predictions": files[role], "labels": labels} for role in frozen["models"]},
-    }
-    values = jobs.call(executor, Job("score-test", "score", payload), watcher, executor.slots[0])["values"]
+    values: dict[str, float] = {}
+    for own, group in by_text(journal, frozen["models"]):
+        payload = {
+            "problem": own["problem"],
+            "objective": frozen["objective"],
+            "sets": {role: {"predictions": files[role], "labels": labels} for role in group},
+        }
+        values |= jobs.call(executor, Job("score-test", "score", payload), watcher, executor.slots[0])["values"]
     method = "none: only Keras can compute this metric"
     return {
         role: {"trial": item["trial"], "score": values[role], "interval": None, "method": method}

@@ -73,6 +73,19 @@ def _written(
     return {"trial": number, "path": str(path), "sha256": digest, "final": final} | built
 
 
+def by_text(journal: Journal, models: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Models grouped by the module text that they were trained from, each group with its ``prepared``.
+
+    In one process one text can be executed, and a custom layer may be another one in another text.
+    """
+    known = {trial.number: trial for trial in journal.history()}
+    groups: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for role, item in models.items():
+        prepared = jobs.prepared_for(journal, known[item["trial"]])
+        groups.setdefault(prepared["problem"]["source"], (prepared, {}))[1][role] = item
+    return list(groups.values())
+
+
 def intact(frozen: dict[str, Any]) -> dict[str, Any]:
     """The frozen selection, if its files are still those that were frozen.
 

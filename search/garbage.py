@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from search import disk, keeping, lifecycle, publishing
+from search import disk, journal_file, keeping, lifecycle, publishing
 from search.errors import RequestError
 from search.journal import Journal
 from search.lock import driver_of, locked
@@ -23,7 +23,7 @@ from search.study import workspace_folder
 
 _YOUNG = 600.0  # seconds in which what looks like nobody's may be somebody's who is just starting
 _STALE = 86_400.0  # where nothing tells whether a process is still at it
-_OF_PROCESS = re.compile(r"\.(\d+)\.new|\..*-(\d+)\.\w+(?:\.h5)?")
+_OF_PROCESS = re.compile(r".+\.(\d+)\.new(?:-\w+)?|\..+-(\d+)\.\w+(?:\.h5)?")
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,9 @@ def _never_began(root: Path, _: list[str]) -> Iterator[Waste]:
 
 def _is_dead(folder: Path) -> bool:
     """Whether a study's folder was left before its study began."""
-    path = folder / "journal.sqlite"
-    if path.exists():
+    if journal_file.holds_study(folder):
         try:
-            with Journal.open(path, read_only=True) as journal:
+            with Journal.open(folder / "journal.sqlite", read_only=True) as journal:
                 began = journal.get("study") is not None and journal.get("state") is not None
         except RequestError:
             return False  # damaged is not unneeded
@@ -119,7 +118,15 @@ def _rows(root: Path, left: list[str]) -> Iterator[Waste]:
                 left.append(f"rows {path}: a study is starting, or has a journal that cannot be read")
             elif path.name not in needed:
                 what = "rows without a study" if kind == "rows" else "sealed rows without a study"
-                yield Waste(what, str(path), disk.size(path), partial(lifecycle.discard, root, path))
+                yield Waste(what, str(path), disk.size(path), partial(_discard_rows, root, path, dead))
+
+
+def _discard_rows(root: Path, path: Path, dead: frozenset[Path]) -> None:
+    # Asked again at the last moment: removing others takes a while, in which a launch may have found these.
+    needed = lifecycle.used(root, but=dead)
+    if needed is None or path.name in needed:
+        raise RequestError("a study has begun to use it")
+    lifecycle.discard(root, path)
 
 
 def _temporary(root: Path, _: list[str]) -> Iterator[Waste]:
@@ -130,7 +137,7 @@ def _temporary(root: Path, _: list[str]) -> Iterator[Waste]:
     for folder in (root, *lifecycle.folders(root)):
         inside = [folder] if folder == root else [folder, folder / "guard", folder / "frozen"]
         for path in (path for place in inside for path in _entries(place)):
-            found = _OF_PROCESS.fullmatch(path.name) or _OF_PROCESS.search(path.name)
+            found = _OF_PROCESS.fullmatch(path.name)
             if found and path.is_file() and _age(path) > _YOUNG and not _runs_here(int(found[1] or found[2])):
                 yield _temp(path)
 
@@ -146,10 +153,10 @@ def _models(root: Path, _: list[str]) -> Iterator[Waste]:
         try:
             with Journal.open(folder / "journal.sqlite", read_only=True) as journal:
                 history, limit = journal.history(), keeping.limit(journal)
-                chosen = [*_chosen(journal.get("selection")), *_chosen((journal.get("frozen") or {}).get("models"))]
+                chosen = keeping.chosen(journal)
         except RequestError:
             continue
-        winners = keeping.kept(history, limit) | set(chosen)
+        winners = keeping.kept(history, limit) | chosen
         ended = [trial.number for trial in history if trial.state.is_finished]
         size = sum(keeping.clear(folder, number, number in winners, dry_run=True) for number in ended)
         if size:
@@ -157,11 +164,7 @@ def _models(root: Path, _: list[str]) -> Iterator[Waste]:
             yield Waste("models that cannot win", str(folder / "trials"), size, drop)
 
 
-def _chosen(roles: dict[str, Any] | None) -> list[int]:
-    return [roles[role]["trial"] for role in ("winner", "baseline") if roles and roles.get(role)]
-
-
-def _tidy(folder: Path, history: Any, limit: int | None, chosen: list[int]) -> None:
+def _tidy(folder: Path, history: Any, limit: int | None, chosen: set[int]) -> None:
     with locked(folder):
         keeping.tidy(folder, history, limit, chosen)
 
@@ -171,7 +174,7 @@ def _runs(root: Path, left: list[str]) -> Iterator[Waste]:
     held = _held(root)  # before the studies are read: a run has its study in a journal first
     known = lifecycle.kept_runs(root)
     for folder in (*lifecycle.folders(root), *lifecycle.halves(root)):
-        if not held or not (folder / "journal.sqlite").exists():
+        if not held or not journal_file.holds_study(folder):
             continue
         try:
             with Journal.open(folder / "journal.sqlite", read_only=True) as journal:

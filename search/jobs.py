@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from search import devices, places, publishing, secrecy
-from search.errors import SpaceError, request_error
+from search.errors import SpaceError, TrialFailed, request_error
 from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot, Warned
 from search.executors.local import LocalExecutor
 from search.journal import Journal
 from search.problem import Problem
+from search.study import StudyConfig
+from search.supervision import Supervisor
 from search.trial import Trial
 from search.watcher import Watcher
 
@@ -59,6 +61,12 @@ def start_executor(
     return executor
 
 
+def supervisor(config: StudyConfig, executor: Executor) -> Supervisor:
+    """Watches over jobs as the study was asked to."""
+    patience = (config.trial_timeout, config.heartbeat or None)
+    return Supervisor(*patience, executor.cpu_seconds, has_begun=executor.has_begun)
+
+
 def one_slot() -> tuple[Slot, ...]:
     """A single CPU slot with all threads, for evaluation and export."""
     return devices.slots(1, "none", None, None)
@@ -83,16 +91,21 @@ def call(
     watcher: Watcher,
     slot: Slot | None = None,
     hear: Callable[[dict[str, Any]], None] = lambda _: None,
+    supervisor: Supervisor | None = None,
 ) -> dict[str, Any]:
     """Run one job that is not a trial of the search and return its result.
 
     Args:
         hear: Is given every message of the job.
+        supervisor: Says when it takes too long; None gives it all the time it takes.
 
     Raises:
         RequestError: The job's own, by its class, or SpaceError if its process died.
+        TrialFailed: ``timeout``, if the supervisor says so.
     """
     executor.submit(job, slot)
+    if supervisor is not None:
+        supervisor.began(job.id, timed=True)
     result: dict[str, Any] | None = None
     lost = 0
     while True:
@@ -103,6 +116,8 @@ def call(
                 continue
             if isinstance(event, Message):
                 hear(event.body)
+                if supervisor is not None:
+                    supervisor.heard(job.id)
             if isinstance(event, Message) and event.body["type"] == "failed":
                 raise request_error(event.body.get("error"), event.body["message"])
             elif isinstance(event, Message) and event.body["type"] == "result":
@@ -115,6 +130,9 @@ def call(
                     how = f"signal {event.signal}" if isinstance(event, Exited) and event.signal else "no answer"
                     raise SpaceError(f"the process for `{job.kind}` ended with {how}; it may have run out of memory")
                 return result
+        for _, why in supervisor.overdue() if supervisor is not None else ():
+            executor.kill(job.id)
+            raise TrialFailed("timeout", why)
         watcher.tick()
 
 

@@ -89,8 +89,9 @@ def make(path: Path, rows: Mapping[str, Iterable[journal_copy.Row]], anew: bool 
     draft = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as connection:
-            for pragma in _PRAGMAS:
-                connection.execute(pragma)
+            # With a rollback journal, so that COMMIT means that the file itself has it: a log's way into the file,
+            # at closing, fails in silence on a full disk. Opened for writing, it turns to WAL.
+            connection.execute("PRAGMA synchronous = FULL")
             connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             connection.executescript(_TABLES)
@@ -104,7 +105,7 @@ def make(path: Path, rows: Mapping[str, Iterable[journal_copy.Row]], anew: bool 
     except (sqlite3.Error, OSError) as error:
         raise RequestError(f"{path} must be writable, but: {error}; see to its disk and permissions") from error
     finally:
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in ("", "-journal"):
             with contextlib.suppress(OSError):
                 os.unlink(f"{draft}{suffix}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from search import scoring
 from search.attempt import Verdict
 from search.data import OpenRows, SealedRows
-from search.errors import DataError, TrialFailed
+from search.errors import DataError, DiskFull, StudyFailed, TrialFailed
 from search.metrics import RANKS, Array
 
 
@@ -52,6 +53,7 @@ class RowJudge:
             The verdict, or the payload of a ``score`` job when only Keras can compute the metric.
 
         Raises:
+            DiskFull: If there is no room for what is kept; judging again is possible.
             TrialFailed: ``nan`` for validation predictions that are not finite, ``invalid`` for a wrong number of
                 rows, a metric without a value on validation rows, or another metric than the baseline's.
         """
@@ -87,9 +89,17 @@ class RowJudge:
         self._keep.mkdir(mode=0o700, exist_ok=True)
         path = self._keep / f"{name}.npy"
         temporary = self._keep / f".{name}-{os.getpid()}.npy"
-        np.save(temporary, parts, allow_pickle=False)
-        temporary.chmod(0o600)
-        os.replace(temporary, path)
+        try:
+            with temporary.open("wb") as file:
+                np.save(file, parts, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())  # the journal is going to say that it is there
+            temporary.chmod(0o600)
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(f"{path} could not be written, since the disk is full") from error
+            raise StudyFailed(f"{path} must be written for every trial, but: {error.strerror}") from error
         return path
 
     def score(self, tier: str, metric: scoring.Metric, result: dict[str, Any]) -> scoring.Score:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from search import disk, places
+from search import disk, journal_copy, places
 from search.journal import Journal
 from search.trial import Trial, TrialState, ranked
 
@@ -40,6 +40,14 @@ def kept(history: Iterable[Trial], keep: int | None) -> set[int]:
     done = [trial for trial in history if trial.state is TrialState.COMPLETE]
     always = {trial.number for trial in done if trial.confirms is not None or trial.configuration == 0}
     return always | {trial.number for trial in ranked(done)[:keep]}
+
+
+def chosen(journal: Journal) -> set[int]:
+    """Trials that the study has named as winner or baseline so far: their models can be asked for at any time."""
+    found: set[int] = set()
+    for roles in (journal.get("selection"), (journal.get("frozen") or {}).get("models")):
+        found |= {roles[role]["trial"] for role in ("winner", "baseline") if roles and roles.get(role)}
+    return found
 
 
 def tidy(folder: Path, history: Iterable[Trial], keep: int | None, also: Iterable[int] = ()) -> int:
@@ -101,7 +109,8 @@ class Keeper:
         self._keep = limit(journal)
         self._heap: list[tuple[float, float, int]] = []  # of the search's kept trials, the worst one first
         history = journal.history()
-        tidy(folder, history, self._keep)
+        self._chosen = chosen(journal)
+        tidy(folder, history, self._keep, self._chosen)
         self._book = self._booked()
         running = sum(disk.size(places.trial(folder, t.number)) for t in history if not t.state.is_finished)
         self._rest = (disk.size(folder) if most is not None else 0) - running - self._book
@@ -148,8 +157,9 @@ class Keeper:
             return True
         before = self._keep
         while self.total > self._most and len(self._heap) > 1:
-            self._keep = len(self._heap) - 1
-            self._journal.put("keep", self._keep)
+            fewer = len(self._heap) - 1
+            self._journal.put("keep", fewer)  # first: what the record calls kept must be there
+            self._keep = fewer
             self._drop()
         self._book = self._booked()
         if self._keep != before:
@@ -161,13 +171,15 @@ class Keeper:
 
     def _drop(self) -> None:
         number = -heapq.heappop(self._heap)[2]
-        if number:  # the baseline's is kept whatever its score
+        if number and number not in self._chosen:  # the baseline's is kept whatever its score
             self._rest -= clear(self._folder, number, False)
 
     def _booked(self) -> int:
         if self._most is None:
             return 0
-        return sum(disk.size(self._folder / f"journal.sqlite{end}") for end in ("", "-wal", "-shm"))
+        record = self._folder / "journal.sqlite"
+        files = [record.with_name(record.name + end) for end in ("", "-wal", "-shm")]
+        return sum(map(disk.size, [*files, journal_copy.beside(record)]))
 
 
 def _last_first(trial: Trial) -> tuple[float, float, int]:

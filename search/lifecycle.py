@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from search import disk, places, publishing
+from search import disk, journal_file, places, publishing
 from search.errors import RequestError, StudyError, TrackingError
 from search.journal import Journal
 from search.lock import driver_of, locked
@@ -131,7 +131,7 @@ def used(root: Path, but: frozenset[Path] = frozenset()) -> set[str] | None:
         digest = digest_of(folder)
         if digest is not None:
             found.add(digest)
-        elif driver_of(folder) or (folder / "journal.sqlite").exists():
+        elif driver_of(folder) or journal_file.holds_study(folder):
             return None  # about to store rows, or a journal that cannot be read
     return found
 
@@ -181,11 +181,14 @@ def _check(folder: Path, keep_runs: bool) -> dict[str, Any]:
     """The study's record, once it is sure that its runs can be removed."""
     record: dict[str, Any] = {}
     try:
-        if (folder / "journal.sqlite").exists():
+        if journal_file.holds_study(folder):
             with Journal.open(folder / "journal.sqlite", read_only=True) as journal:
                 record = journal.get("study") or {}
         if record and not keep_runs:
-            publishing.check_uri(publishing.uri_of(places.study(record, folder.parent.parent)))
+            uri = publishing.uri_of(places.study(record, folder.parent.parent))
+            publishing.check_uri(uri)
+            if not uri.startswith(("http", "sqlite")):  # a database server answers to its driver alone
+                publishing.call("search.removing", uri, {"studies": [], "workspace": str(folder.parent.parent)})
     except TrackingError as error:
         raise TrackingError(f"nothing was deleted: {error}; or leave its MLflow runs with --keep-runs") from None
     except RequestError:

@@ -41,15 +41,15 @@ def locked(folder: Path) -> Iterator[int]:
         # More than once, because ``driver_of`` holds it for a moment to see whether anybody does.
         if not _acquired(file, tries=10, pause=0.02):
             raise StudyError(f"study {folder.name!r} is being driven already, by {_named(file)}")
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
         if not _acquired(processes, tries=200, pause=0.05):
             raise StudyError(
                 f"the processes of an earlier driver of study {folder.name!r} must have ended, but some still run; "
                 "end them and try again"
             )
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
         try:
             yield processes.fileno()
         finally:

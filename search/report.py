@@ -52,7 +52,7 @@ def report(study: Study) -> dict[str, Any]:
         "best": _described(best(trials)),
         "winner": _chosen(trials, selection.get("winner")),
         "baseline": _chosen(trials, selection.get("baseline"))
-        or _described(trials[0] if trials and trials[0].state is TrialState.COMPLETE else None),
+        or _described(next((t for t in trials if t.number == 0 and t.state is TrialState.COMPLETE), None)),
         "corrected": selection.get("corrected"),
         "noise_floor": selection.get("noise_floor"),
         "gains": selection.get("gains"),
@@ -87,7 +87,8 @@ def _described(trial: Trial | None) -> dict[str, Any] | None:
 
 
 def _chosen(trials: Sequence[Trial], found: dict[str, Any] | None) -> dict[str, Any] | None:
-    return None if found is None else found | {"params": dict(trials[found["trial"]].params)}
+    params = {trial.number: dict(trial.params) for trial in trials}
+    return None if found is None else found | {"params": params.get(found["trial"], {})}
 
 
 def _test(evaluation: dict[str, Any]) -> dict[str, Any] | None:

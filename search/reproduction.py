@@ -152,8 +152,11 @@ def _trained(
         return {"state": state.value} | dict.fromkeys(names) | {"epochs": len(reports)} | known
 
     job = Job(f"reproduce-{trial.number}", "trial", payload, log=str(folder / "log.txt"))
+    patience = jobs.supervisor(record.config, executor)
     try:
-        result = jobs.call(executor, job, watcher, executor.slots[0], hear=heard)
+        result = jobs.call(executor, job, watcher, executor.slots[0], hear=heard, supervisor=patience)
+    except TrialFailed as failure:  # it hangs, or takes longer than the study allows
+        return ended(TrialState.FAILED, reason=failure.reason, message=failure.message), reports, {}
     except DataError:  # rows that are gone, of which the training says nothing
         raise
     except RequestError as error:

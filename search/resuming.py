@@ -68,7 +68,7 @@ def resume(
     disk.check(found.folder)
     if (away := publishing.check_uri(uri, must_answer=False)) is not None:
         watcher.say(f"{away}; going on without it, and MLflow gets everything once it is back")
-    with locked(found.folder) as hold, contextlib.ExitStack() as stack:
+    with locked(found.folder) as hold, Stopping(found.folder) as stopping, contextlib.ExitStack() as stack:
         journal_file.back_up(found.folder / "journal.sqlite")
         journal = stack.enter_context(Journal.open(found.folder / "journal.sqlite"))
         plan = _plan(found.name, journal, asked, trials)
@@ -77,10 +77,7 @@ def resume(
                 f"study {found.name!r} is complete; see it with `heldout report {found.name}`, or extend it with "
                 f"`heldout resume {found.name} --trials +N`"
             )
-        with (
-            Stopping(found.folder) as stopping,
-            jobs.start_executor(slots, problem, found.folder, plan.start_method, plan.env, (hold,)) as executor,
-        ):
+        with jobs.start_executor(slots, problem, found.folder, plan.start_method, plan.env, (hold,)) as executor:
             if problem.digest != recorded.digest:
                 _adopt(journal, executor, found, recorded, problem, plan, watcher)
             with journal.one_commit():
@@ -134,17 +131,15 @@ def _say_what_is_left(journal: Journal, plan: StudyConfig, watcher: Watcher) -> 
     parts += [f"{more} of {plan.trials} trials are still to come"] if more > 0 else []
     if parts:
         watcher.say(f"resuming: {'; '.join(parts)}")
-    evaluation = journal.get("evaluation") or {}
-    if more > 0 and evaluation.get("opened"):
-        opened = int(evaluation["opening"])
+    if more > 0 and (opened := jobs.openings(places.prepared(journal))):
         then = (
             "its new winner will be tested as the next opening"
             if plan.evaluate == "yes"
             else "they stay sealed to the extended study until `heldout evaluate` opens them once more"
         )
         watcher.say(
-            f"this study has opened its test rows ({times(opened)} so far, any study counted): an extension after that "
-            f"costs another opening, with a wider interval; {then}"
+            f"these test rows have been opened {times(opened)} so far, by any study: testing what follows costs "
+            f"another opening, with a wider interval; {then}"
         )
 
 
@@ -220,7 +215,9 @@ def _adopt(
     jobs.call(executor, Job("check", "check", payload), watcher, slot=executor.slots[0])
     kept = ("problem", "preprocess")
     texts = journal.get("texts") or {journal.get("study")["space"]["digest"]: {key: old[key] for key in kept}}
-    texts |= {recorded.digest: {key: old[key] for key in kept}, problem.digest: {key: new[key] for key in kept}}
+    texts.setdefault(recorded.digest, {key: old[key] for key in kept})
+    # A text that was taken back before keeps its preprocessing, since models were trained on it.
+    new |= texts.setdefault(problem.digest, {key: new[key] for key in kept})
     with journal.one_commit():
         journal.adopt(journal.space().succeeded_by(Space.from_json(found["space"])))
         journal.put("texts", texts)

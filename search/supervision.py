@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 # Less CPU time than this share is what threads use that only wait: they look around now and then.
 _IDLE_SHARE = 0.001
+_STOOD_STILL = 5.0  # seconds without a question after which the machine or the driver was stopped meanwhile
 _LOOKS = 10  # at a silent job, within the time after which it counts as hung
 
 
@@ -18,6 +19,7 @@ class _Watched:
     looked: float
     cpu: float | None = None
     timeout: float | None = None
+    has_begun: bool = False
 
 
 class Supervisor:
@@ -30,6 +32,7 @@ class Supervisor:
         timeout: Seconds that a trial's attempt may take, or None.
         heartbeat: Seconds without a sign of life after which a job hangs; None for never.
         cpu_seconds: CPU time that a job's processes have used so far, None if that is unknown.
+        has_begun: Whether a job's process is there; until then it waits for others, and its time does not run.
     """
 
     def __init__(
@@ -38,9 +41,11 @@ class Supervisor:
         heartbeat: float | None,
         cpu_seconds: Callable[[str], float | None],
         clock: Callable[[], float] = time.monotonic,
+        has_begun: Callable[[str], bool] = lambda job: True,
     ) -> None:
         self._timeout, self._heartbeat = timeout, heartbeat
-        self._cpu_seconds, self._clock = cpu_seconds, clock
+        self._cpu_seconds, self._clock, self._has_begun = cpu_seconds, clock, has_begun
+        self._asked = clock()
         self._watched: dict[str, _Watched] = {}
 
     def began(self, job: str, timed: bool = False) -> None:
@@ -59,14 +64,22 @@ class Supervisor:
 
     def paused(self, seconds: float) -> None:
         """The driver itself stood still for so long and heard nobody; that is not the jobs' fault."""
+        self._asked = self._clock()
         for job in self._watched.values():
             job.began, job.heard, job.looked = job.began + seconds, job.heard + seconds, job.looked + seconds
 
     def overdue(self) -> list[tuple[str, str]]:
         """Jobs to be ended now, each with why; they are watched no longer."""
         now = self._clock()
+        if now - self._asked > _STOOD_STILL:  # asked several times a second, unless we were stopped and go on now
+            self.paused(now - self._asked)
+        self._asked = now
         found = []
         for name, job in self._watched.items():
+            if not job.has_begun and not self._has_begun(name):
+                job.began = job.heard = job.looked = now
+                continue
+            job.has_begun = True
             if job.timeout is not None and now - job.began >= job.timeout:
                 found.append((name, f"it took longer than --trial-timeout {job.timeout:g} s and was ended"))
             elif self._hangs(name, job, now):
@@ -82,6 +95,6 @@ class Supervisor:
         cpu, since = self._cpu_seconds(name), now - job.looked
         # A total can also fall, when a process that was counted is gone: that is life as well.
         if cpu is None or job.cpu is None or abs(cpu - job.cpu) > _IDLE_SHARE * since:
-            job.heard = now if cpu is None or job.cpu is not None else job.heard
+            job.heard = now
         job.cpu, job.looked = cpu, now
         return now - job.heard >= self._heartbeat

@@ -9,6 +9,7 @@ import ipaddress
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
+from search import places
 from search.errors import RequestError
 from search.publishing import MLFLOW_ENVIRONMENT, default_uri
 from search.study import workspace_folder
@@ -83,6 +85,8 @@ def serve(workspace: str | os.PathLike[str] | None = None, port: int = 5000, hos
         )
     _check_free(host, port)
     root = (folder / "artifacts").absolute()
+    with contextlib.suppress(sqlite3.Error):  # of a workspace that was moved; a locked store is browsed as it is
+        places.rebase_artifacts(folder)
     command = [sys.executable, "-P", "-m", "mlflow", "server", "--workers", "1"]
     command += ["--host", host, "--port", str(port), "--backend-store-uri", default_uri(folder)]
     command += ["--default-artifact-root", root.as_uri(), "--artifacts-destination", root.as_uri()]

@@ -44,6 +44,7 @@ def select(folder: Path, journal: Journal) -> dict[str, Any] | None:
     # What was deleted went by validation scores alone, so this choice is still all that guard rows decide.
     there = keeping.kept(history, keeping.limit(journal))
     able = [trial for trial in done if trial.number in guards and trial.number in there]
+    able = [trial for trial in able if _is_whole(folder, trial, guards[trial.number][1])]
     candidates = [_candidate(folder, trial, metric, *guards[trial.number]) for trial in able]
     candidates = [candidate for candidate in candidates if np.isfinite(candidate.guard)]
     sealed = SealedRows(Path(prepared["sealed"]))
@@ -97,6 +98,18 @@ def select(folder: Path, journal: Journal) -> dict[str, Any] | None:
     }
 
 
+def _is_whole(folder: Path, trial: Trial, evidence: Mapping[str, Any] | None) -> bool:
+    """Whether what is left of a trial after a crash or a repair suffices to choose and to ship it."""
+    if not places.weights(folder, trial.number).exists():
+        return False
+    try:
+        if evidence is not None:
+            np.load(places.guard_parts(folder, trial.number), mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _candidate(
     folder: Path, trial: Trial, metric: Metric, guard: float, evidence: Mapping[str, Any] | None
 ) -> Candidate:
@@ -115,6 +128,8 @@ def _validation_interval(
         return None
     place, outputs = places.trial(folder, trial.number), len(trial.extra["declaration"]["outputs"])
     files = [str(place / f"validation_{k}.npy") for k in range(outputs)]
+    if not all(Path(file).exists() for file in files):
+        return None
     result = {"predictions": {"validation": files}, "declaration": trial.extra["declaration"]}
     score = judge.score("validation", metric, result)
     interval = statistics.test_interval(score, level=LEVEL, ordered=manifest["ordered"])

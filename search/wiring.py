@@ -21,7 +21,6 @@ from search.problem import Problem, find
 from search.samplers import get_sampler
 from search.stopping import Stopping
 from search.study import Study, StudyConfig, config_of, make_workspace, release, reserve, workspace_folder
-from search.supervision import Supervisor
 from search.surroundings import FINISH, Calm
 from search.trial import Trial, searched
 from search.watcher import Silent, Watcher
@@ -207,7 +206,7 @@ def drive(
             confirm=confirm,
             text=Problem(**prepared["problem"]).digest,
             watcher=watcher,
-            supervisor=Supervisor(config.trial_timeout, config.heartbeat or None, executor.cpu_seconds),
+            supervisor=jobs.supervisor(config, executor),
             surroundings=_House(folder, stopping, tracker, keeper, watcher),
         )
         with stopping.gracefully():

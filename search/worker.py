@@ -55,7 +55,9 @@ def _failure(error: BaseException, has_gpus: bool) -> dict[str, Any]:
 
 def _out_of_memory(error: BaseException | None) -> BaseException | None:
     """The error, or what caused it, by which Python or a backend says that memory ran out; None if neither does."""
-    while error is not None:
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         # TensorFlow's and torch's by their names; JAX has one class for everything, and the word in its text.
         named = type(error).__name__ in ("ResourceExhaustedError", "OutOfMemoryError")
         if isinstance(error, MemoryError) or named or str(error).startswith("RESOURCE_EXHAUSTED"):

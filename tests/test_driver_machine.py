@@ -63,9 +63,8 @@ class World:
 
     def poll(self, timeout: float) -> list[Any]:
         self.now += 1.0
-        if self.fates:
-            self.fate = self.data.draw(FATES)
-            self.fates -= self.fate != "nothing"
+        self.fate = self.data.draw(FATES) if self.fates else "nothing"
+        self.fates -= self.fate != "nothing"
         if self.fate == "death":
             raise Death
         if self.jobs and not self.events:

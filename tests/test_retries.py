@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from search.attempt import Verdict
 from search.errors import DiskFull, SpaceError, StudyStopped
 from search.executors import Event, Exited, Job, Lost, Message, Slot, died
 from search.executors.inline import InlineExecutor
@@ -15,7 +16,7 @@ from search.retries import RETRIES
 from search.surroundings import FINISH, NOW, Calm
 from search.trial import Trial, TrialState
 from search.watcher import Silent
-from tests.test_driver import RATE, driver, journal, study  # noqa: F401 (a fixture)
+from tests.test_driver import RATE, UNITS, ReadingJudge, asks_for, driver, journal, study  # noqa: F401 (a fixture)
 
 WHOLE = study(RATE, score=lambda p: 0.5)
 
@@ -272,6 +273,113 @@ def test_a_stop_is_heard_while_the_disk_is_full(journal: Journal) -> None:  # no
     asking = Asking(1, NOW)
     with pytest.raises(StudyStopped):
         driver(journal, WHOLE, surroundings=asking, sleep=lambda _: asking.ended(())).run()
+
+
+def test_what_was_interrupted_before_it_had_asked_for_everything_keeps_its_proposal(journal: Journal) -> None:  # noqa: F811
+    handed: dict[str, Any] = {}
+
+    def late(job: dict[str, Any], send: Any) -> None:
+        """Asks for the second parameter only in its training."""
+        payload = job["payload"]
+        if job["kind"] == "trial":
+            handed[job["id"]] = payload["proposal"]
+            asks = asks_for(payload["proposal"], RATE, UNITS)
+            send({"type": "asks", "asks": asks[:1]})
+            if payload["number"] == 2 and payload["attempt"] == 0:
+                return
+        study(RATE, UNITS, score=lambda p: 0.5)(job, send)
+
+    class Cut(InlineExecutor):
+        def poll(self, timeout: float) -> list[Any]:
+            events = super().poll(timeout)
+            if any(isinstance(e, Exited) and e.job == "trial-2-0" for e in events):
+                self._events.extend(e for e in events if isinstance(e, Exited))
+                return [e for e in events if not isinstance(e, Exited)]
+            return events
+
+    class Dying(Cut):
+        polls = 0
+
+        def poll(self, timeout: float) -> list[Any]:
+            if "trial-2-0" in handed:
+                self.polls += 1
+                if self.polls > 1:
+                    raise KeyboardInterrupt
+            return super().poll(timeout)
+
+    with pytest.raises(KeyboardInterrupt):
+        driver(journal, None, trials=4, executor=Dying(late)).run()
+    assert len(journal.history()[2].params) == 1  # what it had asked for by then
+    driver(journal, late, trials=4, discovery=None).run()
+    assert len(handed["trial-2-0"]) == 2 and handed["trial-2-1"] == handed["trial-2-0"]
+
+
+def test_a_baseline_that_ran_out_of_memory_before_preflight_is_tried_once_more(journal: Journal) -> None:  # noqa: F811
+    lacking = {"type": "failed", "reason": "oom", "message": "MemoryError", "error": None}
+    once = [[Message("trial-0-0", lacking), Exited("trial-0-0", 0, None, 1.0)]]
+    assert driver(journal, None, trials=3, executor=Scripted(once, number=0)).run() == "complete"
+    assert dict(journal.history()[0].retries) == {"oom": 1}
+
+
+def test_a_baseline_that_is_sooner_than_discovery_ends_when_the_study_has_begun(journal: Journal) -> None:  # noqa: F811
+    ended: list[int] = []
+
+    class Late(InlineExecutor):
+        """Discovery takes longer than the first trial."""
+
+        polls = 0
+
+        def poll(self, timeout: float) -> list[Any]:
+            self.polls += 1
+            events = super().poll(timeout)
+            if self.polls < 6:
+                held = [e for e in events if e.job.startswith("discover")]
+                self._events.extend(held)
+                assert not ended and not journal.history()[0].state.is_finished
+                return [e for e in events if e not in held]
+            return events
+
+    class Seeing(Silent):
+        def ended(self, trial: Trial) -> None:
+            ended.append(trial.number)
+
+    began: list[Any] = []
+    driver(journal, None, trials=3, executor=Late(WHOLE), watcher=Seeing(), on_preflight=began.append).run()
+    assert ended == [0, 1, 2] and len(began) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"type": "report", "step": 1}, {"type": "report"}, {"type": "asks"}, {"type": "asks", "asks": [{}]}]
+    + [{"type": "result"}],
+)
+def test_a_trial_that_breaks_the_protocol_ends_alone(journal: Journal, body: dict[str, Any]) -> None:  # noqa: F811
+    script = [[Message(f"trial-2-{n}", body), Exited(f"trial-2-{n}", 0, None, 1.0)] for n in range(3)]
+    trial = run(journal, script)
+    assert (trial.state, trial.reason) == (TrialState.FAILED, "crash")
+
+
+def test_a_disk_that_is_full_while_it_is_judged_costs_the_trial_nothing(journal: Journal) -> None:  # noqa: F811
+    full, waited = [3], []
+
+    class Full(ReadingJudge):
+        def judge(self, result: dict[str, Any]) -> Verdict:
+            if full[0] and len(journal.history()) == 3:
+                full[0] -= 1
+                raise DiskFull("guard/0002.npy could not be written")
+            return super().judge(result)
+
+    driver(journal, WHOLE, trials=5, judge=Full(), sleep=waited.append).run()
+    assert [t.state for t in journal.history()] == [TrialState.COMPLETE] * 5 and len(waited) == 3
+
+
+def test_a_journal_that_lacks_a_trial_goes_on_with_the_next_number(journal: Journal) -> None:  # noqa: F811
+    driver(journal, WHOLE, trials=3).run()
+    lost = Trial(7, TrialState.RUNNING, seed=1, history_length=0)  # as after a repair: 3 to 6 are gone
+    journal.begin(lost)
+    driver(journal, WHOLE, trials=6, discovery=None).run()
+    assert [t.number for t in journal.history()] == [0, 1, 2, 7, 8, 9]
+    assert all(t.state is TrialState.COMPLETE for t in journal.history())
 
 
 def test_the_table_has_every_reason() -> None:

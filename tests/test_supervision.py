@@ -97,6 +97,34 @@ def test_time_in_which_the_driver_heard_nobody_does_not_count() -> None:
     assert world.run(supervisor, 20) != []
 
 
+def test_what_stood_still_together_with_the_driver_does_not_hang() -> None:
+    """As after Ctrl-Z and fg, or when the machine slept: nobody used CPU time, and nobody could be heard."""
+    world = World()
+    supervisor = world.supervisor(timeout=2000.0, heartbeat=600.0)
+    supervisor.began("a", timed=True)
+    assert world.run(supervisor, 30, share=1.0) == []
+    world.now += 9000.0
+    assert world.run(supervisor, 500, share=0.01) == []
+
+
+def test_a_first_look_that_comes_late_is_no_hang() -> None:
+    world = World()
+    supervisor = world.supervisor(heartbeat=600.0)
+    supervisor.began("a", timed=True)
+    world.now, world.cpu["a"] = 700.0, 700.0
+    assert supervisor.overdue() == []
+
+
+def test_the_time_before_its_process_is_there_is_not_the_jobs() -> None:
+    world, there = World(), [False]
+    supervisor = Supervisor(10.0, 60.0, lambda job: 0.0, lambda: world.now, lambda job: there[0])
+    supervisor.began("a", timed=True)
+    assert world.run(supervisor, 50) == []
+    there[0] = True
+    ((at, _),) = world.run(supervisor, 20)
+    assert at == 60.0
+
+
 def test_an_ended_job_is_watched_no_longer() -> None:
     world = World()
     supervisor = world.supervisor(timeout=10.0)

@@ -182,6 +182,10 @@ class Executor(Protocol):
         """CPU time that the processes of a running job have used so far; None if that is not known."""
         ...
 
+    def has_begun(self, job_id: str) -> bool:
+        """Whether the process of a job that was submitted is there, or was."""
+        ...
+
     def close(self) -> None:
         """End every job, all at once, and every process of the executor. May be called twice."""
         ...

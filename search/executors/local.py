@@ -28,6 +28,8 @@ REQUIRED = ("numpy", "keras", "keras_tuner")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 # Deaths of the template in a row, with no job ended in between, after which it is not started again.
 _DEATHS = 4
+# How long the template may import, and how long after that a killed job may still be there: else it hangs itself.
+_IMPORTING, _KILLING = 600.0, 30.0
 # How long a killed job may take to let go of its socket, and with it of its device.
 _LETTING_GO = 2.0
 
@@ -55,6 +57,7 @@ class _Running:
     ooms: int | None  # of the whole machine, when it began
     log: str | None = None
     pid: int | None = None
+    killed: float | None = None
     # Set when the template died: how long to wait for the process to be gone.
     lost_by: float | None = None
 
@@ -111,6 +114,7 @@ class LocalExecutor:
         self._fatal: str | None = None
         self._ready = False
         self._deaths = 0
+        self._launched = 0.0
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -189,11 +193,18 @@ class LocalExecutor:
         """End a job with SIGTERM and, a second later, SIGKILL, process group and all; ``Exited`` follows."""
         if job_id in self._running and self._control is not None:
             self._control.queue({"kill": job_id})
+            job = self._running[job_id]
+            job.killed = job.killed or time.monotonic()
 
     def cpu_seconds(self, job_id: str) -> float | None:
         """CPU time that the job's processes have used so far; None before it was forked."""
         job = self._running.get(job_id)
         return None if job is None or job.pid is None else cpu_seconds(job.pid)
+
+    def has_begun(self, job_id: str) -> bool:
+        """Whether the job was forked, for which the template must have imported everything."""
+        job = self._running.get(job_id)
+        return job is None or job.pid is not None
 
     def close(self) -> None:
         """End the template and every job, at once. Their events are dropped."""
@@ -238,7 +249,7 @@ class LocalExecutor:
                 start_new_session=True,
                 env=self._environment,
             )
-        self._ready = False
+        self._ready, self._launched = False, time.monotonic()
         self._control = Link(ours)
         setup = {"setup": self._method, "required": self._required, "preload": self._preload, "hold": self._hold}
         self._control.queue(setup)
@@ -256,9 +267,20 @@ class LocalExecutor:
                 self._listen_to_template(control)
             elif links[link] in self._running:
                 self._listen_to_job(links[link])
+        self._end_hanging_template()
         for name, job in list(self._running.items()):
             if job.lost_by is not None and (job.link.eof or time.monotonic() >= job.lost_by):
                 self._end(name, Lost(name))
+
+    def _end_hanging_template(self) -> None:
+        """A template that does not answer is as good as dead; its end is noticed as any other."""
+        now, process = time.monotonic(), self._process
+        asked = [job.killed for job in self._running.values() if job.killed is not None and job.lost_by is None]
+        hangs = any(now - at > _KILLING for at in asked) if self._ready else now - self._launched > _IMPORTING
+        if hangs and process is not None and process.poll() is None:
+            self._events.append(Warned("the process that trials are forked from does not answer; it is started again"))
+            process.kill()
+            self._launched = now  # said once
 
     def _listen_to_job(self, name: str) -> None:
         job = self._running[name]
