@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from search.errors import TrialFailed
-from search.executors import Exited, Slot
+from search.executors import Event, Exited, Lost, Message, Slot
 from search.retries import counted
 from search.slots import Alone
 from search.trial import Report, Trial, TrialState
+
+_MOST_SCORINGS = 3  # of one trial, whose score job's process may die as any other
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,22 @@ class Attempt:
             self.failure = TrialFailed("oom", message, chance=True, on_host=True)
         else:
             self.failure = TrialFailed("crash", f"the trial's process {how}", chance=True)
+
+    def scored(self, event: Event, judge: Judge) -> None:
+        """Take in an event of its score job: a verdict, a failure, or a death, of which the third is a failure."""
+        if isinstance(event, Message) and event.body["type"] == "result":
+            try:
+                self.settled = judge.settle(event.body)
+            except TrialFailed as failure:
+                self.failure = failure
+        elif isinstance(event, Message) and not event.body.get("died"):
+            self.failure = TrialFailed("invalid", f"the metric could not be computed: {event.body['message']}")
+        elif isinstance(event, Exited | Lost) and self.settled is None and self.failure is None:
+            self.deaths += 1
+            if self.deaths == _MOST_SCORINGS:
+                how = "was lost" if isinstance(event, Lost) else ended(event)
+                reason = "lost" if isinstance(event, Lost) else "crash"
+                self.failure = TrialFailed(reason, f"the process that computes the metric {how}, three times")
 
     def waiting(self, failure: TrialFailed, is_counted: bool) -> Trial:
         """The trial as it waits for its next attempt, with the parameters that were proposed."""

@@ -31,7 +31,14 @@ class _Commands(click.Group):
         except HeldoutError as error:
             _say_error(str(error), bool(ctx.params.get("debug")))
             ctx.exit(2 if isinstance(error, RequestError) else 1)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except click.UsageError as error:  # click would take four lines
+            command = error.ctx.command_path if error.ctx is not None else "heldout"
+            _say_error(f"{error.format_message().rstrip('.')} (see `{command} --help`)", False)
+            ctx.exit(2)
+        except click.Abort:
+            _say_error("nothing was done", False)
+            ctx.exit(1)
+        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
         except Exception as error:
             said = " ".join(secrecy.scrub(str(error)).split())[:300]

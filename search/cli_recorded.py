@@ -145,6 +145,7 @@ def delete(study: str, keep_runs: bool, yes: bool, workspace: str | None, as_jso
     """
     from search import lifecycle
 
+    lifecycle.see(study, workspace)  # before it is asked about
     runs = "" if keep_runs else ", its runs in MLflow included"
     options.sure(yes, f"delete study {study} for good{runs}?")
     found = lifecycle.delete(study, workspace=workspace, keep_runs=keep_runs)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from search.attempt import Attempt, Judge, Verdict, alone, ended, job_id
+from search.attempt import Attempt, Judge, Verdict, alone, job_id
 from search.discovery import Discovery
 from search.errors import SpaceError, StudyFailed, StudyStopped, TrialFailed, request_error
 from search.executors import Executor, Exited, Job, Lost, Message, Slot, Warned, died
@@ -23,7 +23,6 @@ from search.trial import Trial, TrialState, searched, seed_for
 from search.watcher import Silent, Watcher
 
 MOST_FAILURES_IN_A_ROW = 10
-_MOST_SCORINGS = 3  # of one trial, whose process may die as any other
 _WAIT = 1.0  # seconds between tries to write to a full disk
 
 
@@ -126,7 +125,8 @@ class Driver:
         if asked is not None and not self._stopping:
             self._stopping = True
             count = len(self._running)
-            self._watcher.say(f"stopping: {count} running trial{'' if count == 1 else 's'} may end, no other begins")
+            trials = f"{count} running trial{'' if count == 1 else 's'}"
+            self._watcher.say(f"stopping: {trials} may end, no other begins (Ctrl-C again stops at once)")
 
     def _tick(self) -> None:
         self._watcher.tick()
@@ -361,24 +361,12 @@ class Driver:
 
     def _scored(self, event: Any) -> None:
         attempt = self._running[event.job.replace("score-", "trial-", 1)]
-        if isinstance(event, Message) and event.body["type"] == "result":
-            try:
-                attempt.settled = self._judge.settle(event.body)
-            except TrialFailed as failure:
-                attempt.failure = failure
-        elif isinstance(event, Message) and event.body["type"] == "failed":
-            if not event.body.get("died"):
-                why = f"the metric could not be computed: {event.body['message']}"
-                attempt.failure = TrialFailed("invalid", why)
-        elif isinstance(event, Exited | Lost):
+        attempt.scored(event, self._judge)
+        if isinstance(event, Exited | Lost):
             if attempt.settled is None and attempt.failure is None:
-                attempt.deaths += 1
-                if attempt.deaths < _MOST_SCORINGS:
-                    return self._score(attempt)
-                how = "was lost" if isinstance(event, Lost) else ended(event)
-                reason = "lost" if isinstance(event, Lost) else "crash"
-                attempt.failure = TrialFailed(reason, f"the process that computes the metric {how}, three times")
-            self._finish(attempt, None if attempt.failure else attempt.settled)
+                self._score(attempt)  # it died, as any process may
+            else:
+                self._finish(attempt, None if attempt.failure else attempt.settled)
 
     def _finish(self, attempt: Attempt, verdict: Verdict | None) -> None:
         if not self._discovery.is_over:

@@ -43,9 +43,8 @@ def delete(study: str, *, workspace: str | os.PathLike[str] | None = None, keep_
     """
     root, name = workspace_folder(workspace), check_name(study)
     folder = root / "studies" / name
-    found = [place for place in halves(root) if place.name.rpartition(".")[0] == name]
-    if not folder.is_dir() and not found:
-        Study(name, workspace)  # says that there is none, and which there are
+    found = _halves_of(root, name)
+    see(study, workspace)
     done = [finish(place, keep_runs) for place in found]
     if folder.is_dir():
         with locked(folder):
@@ -65,6 +64,21 @@ def delete(study: str, *, workspace: str | os.PathLike[str] | None = None, keep_
         "rows": any(one["rows"] for one in done),
         "mlflow": mlflow[-1] if mlflow else None,
     }
+
+
+def see(study: str, workspace: str | os.PathLike[str] | None = None) -> None:
+    """See that there is such a study, whole or half-deleted.
+
+    Raises:
+        StudyError: If not; says which there are.
+    """
+    root, name = workspace_folder(workspace), check_name(study)
+    if not (root / "studies" / name).is_dir() and not _halves_of(root, name):
+        Study(name, workspace)
+
+
+def _halves_of(root: Path, name: str) -> list[Path]:
+    return [place for place in halves(root) if place.name.rpartition(".")[0] == name]
 
 
 def kept_runs(root: Path) -> set[str]:
@@ -191,9 +205,9 @@ def _check(folder: Path, keep_runs: bool) -> dict[str, Any]:
                 publishing.call("search.removing", uri, {"studies": [], "workspace": str(folder.parent.parent)})
     except TrackingError as error:
         raise TrackingError(f"nothing was deleted: {error}; or leave its MLflow runs with --keep-runs") from None
-    except RequestError:
+    except RequestError as error:
         if not keep_runs:  # a damaged journal, which cannot say where its runs are
-            raise
+            raise RequestError(f"{error}; or delete it as it is and leave its MLflow runs, with --keep-runs") from None
     return record
 
 

@@ -40,7 +40,9 @@ def locked(folder: Path) -> Iterator[int]:
     with (folder / "lock").open("a+") as file, (folder / "processes.lock").open("a") as processes:
         # More than once, because ``driver_of`` holds it for a moment to see whether anybody does.
         if not _acquired(file, tries=10, pause=0.02):
-            raise StudyError(f"study {folder.name!r} is being driven already, by {_named(file)}")
+            raise StudyError(
+                f"study {folder.name!r} is being driven already, by {_named(file)}; "
+                f"`heldout stop {folder.name}` ends that")
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {os.uname().nodename}")

@@ -36,8 +36,8 @@ def repair(study: str | Study, *, workspace: str | os.PathLike[str] | None = Non
         ``study``; ``healthy``, as it was found; ``said``, what was wrong; ``trials``, how many are ``complete``,
         ``pruned``, ``failed`` and ``in_flight``; how many ``events``, ``reports`` and ``guards`` there are;
         ``missing``, how many records are known of and lost; ``left_out``, how many were found that cannot follow
-        from what else was; ``certain``, whether there was a second record to tell that by; ``kept``, the names that
-        the old files have now.
+        from what else was; ``strays``, trials that have a folder and no record; ``certain``, whether there was a
+        second record to tell that by; ``kept``, the names that the old files have now.
 
     Raises:
         StudyError: If there is no such study, or a process drives it.
@@ -60,11 +60,14 @@ def repair(study: str | Study, *, workspace: str | os.PathLike[str] | None = Non
         # Opened for writing, it brings its second record up to date.
         with Journal.open(path, read_only=not changes) as journal:
             counts = _counts(journal)
+            strays = _strays(found.folder, journal)
         if wrong is not None:
             with contextlib.suppress(RequestError):  # without room for a new one the old one stays
                 journal_file.back_up(path)
     more = {"missing": missing, "left_out": left_out, "certain": wrong is None or certain, "kept": kept}
-    said = wrong or ("its second record was behind, and is whole again" if changes else "nothing is wrong with it")
+    more |= {"strays": strays}
+    behind = "its second record was torn or behind, and is whole again"
+    said = wrong or (behind if changes else "nothing is wrong with it")
     return {"study": found.name, "healthy": wrong is None, "said": said} | counts | more
 
 
@@ -78,16 +81,29 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     )
     if found["healthy"]:
         return [f"{found['study']}: the journal is whole; {found['said']}", has]
-    out = [f"{found['study']}: the journal was damaged, and is whole again", f"it said: {found['said']}", has]
+    is_whole = not (found["missing"] or found["left_out"] or found["strays"])
+    how = "is whole again" if is_whole else "can be used again, but is not whole"
+    wrong = found["said"].partition("; run `heldout repair")[0]
+    out = [f"{found['study']}: the journal was damaged, and {how}", f"what was wrong: {wrong}", has]
     if found["missing"]:
-        out.append(f"{found['missing']} records are known of and lost")
+        out.append(f"known of and lost: {found['missing']} record{'' if found['missing'] == 1 else 's'} at least")
+    if found["strays"]:
+        numbers = ", ".join(map(str, found["strays"]))
+        out.append(f"no record is left of trials that have a folder: {numbers}; `heldout resume` trains others instead")
     if found["left_out"]:
         out.append(f"{found['left_out']} were found and left out, since they cannot follow from what else was found")
     if not found["certain"]:
         out.append("its second record was gone, so nobody can tell whether more was recorded at the end")
-    elif not found["missing"] and not found["left_out"]:
+    elif is_whole:
         out.append("nothing is missing but, perhaps, reports of epochs, which have no second record")
     return [*out, f"the files as they were found: {', '.join(found['kept'])}"] if found["kept"] else out
+
+
+def _strays(folder: Path, journal: Journal) -> list[int]:
+    """Trials that have a folder and no record."""
+    known = {trial.number for trial in journal.history()}
+    found = [path.name for path in (folder / "trials").glob("[0-9]*")]
+    return sorted({int(name) for name in found if name.isdecimal()} - known)
 
 
 def _wrong(path: Path) -> str | None:
@@ -148,7 +164,7 @@ def _salvaged(folder: Path) -> Salvaged:
         raise RequestError(
             f"something must be left of study {folder.name!r}, but neither {path.name} nor "
             f"{journal_copy.beside(path).name} nor {backup.name} has a record that can be read; put back a copy of "
-            f"yours, or remove {folder}"
+            f"yours, or `heldout delete {folder.name} --keep-runs`"
         )
     state = found.tables["meta"].get("state")
     if (found.missing or found.left_out) and state is not None and state[1] == '"COMPLETE"':

@@ -13,7 +13,7 @@ from search.domain import Domain
 from search.errors import StudyError
 from search.ledger import times
 from search.scoring import disagreement_line
-from search.study import Study, config_of
+from search.study import Study
 from search.trial import Trial, TrialState, best, searched
 
 PICTURE = "guard.png"
@@ -258,7 +258,7 @@ def status(study: Study) -> dict[str, Any]:
     """The report, with ``planned`` trials, the numbers of those ``running``, how many have ``confirmed``, and how many
     models are ``kept`` and ``deleted``."""
     with study.journal() as journal:
-        planned = config_of(journal).trials if journal.get("study") is not None else None
+        planned = (journal.get("plan") or (journal.get("study") or {}).get("config") or {}).get("trials")
     with study.journal() as journal:
         trials = journal.history()
         kept = len(keeping.kept(trials, keeping.limit(journal)))
@@ -279,7 +279,8 @@ def status_line(found: dict[str, Any]) -> str:
     parts += [f", {found['confirmed']} confirming trainings"] if found["confirmed"] else []
     parts += [f", {found['kept']} models kept"] if found["deleted"] else []
     if found["running"] and found["state"] == "RUNNING":
-        parts.append(f", running {', '.join(map(str, found['running']))}")
+        plural = "" if len(found["running"]) == 1 else "s"
+        parts.append(f", now at trial{plural} {', '.join(map(str, found['running']))}")
     shown = "none yet" if best_ is None else f"{number(best_['validation'])} (trial {best_['trial']})"
     return "".join(parts) + f"; best {found['objective']} {shown}"
 

@@ -64,8 +64,8 @@ def resolve(names: Iterable[str]) -> dict[str, str]:
                 ) from None
         if not value:
             raise RequestError(
-                f"--env {name} must find the variable {name}, or {name}_FILE with the name of a file that has its "
-                "value, but neither is set; set one of them"
+                f"the variable {name}, which the study needs (--env {name}), must be set, or {name}_FILE to the name "
+                "of a file that has its value, but neither is; set one of them"
             )
         if len(value.strip()) < LEAST:
             raise RequestError(

@@ -199,10 +199,9 @@ def reserve(workspace: Path, name: str | None, space: str) -> Path:
         try:
             (studies / check_name(name)).mkdir()
         except FileExistsError:
-            raise StudyError(
-                f"there is a study called {name!r} already; continue it with `heldout resume {name}`, or "
-                "choose another --study"
-            ) from None
+            began = journal_file.holds_study(studies / name) and Study(name, workspace).meta("state") is not None
+            way = f"continue it with `heldout resume {name}`" if began else f"remove it by `heldout delete {name}`"
+            raise StudyError(f"there is a study called {name!r} already; {way}, or choose another --study") from None
         return studies / name
     base = re.sub(r"[^A-Za-z0-9._-]|\.(?=\.)", "_", space).lstrip("._-")[:90] or "study"
     number = 1

@@ -112,6 +112,7 @@ class TracingHyperParameters(keras_tuner.HyperParameters):
         self._seed = 0 if seed is None else seed
         self._use_default = default
         self._asks: dict[str, dict[str, Any]] = {}
+        self.on_ask: Callable[[], None] = lambda: None  # called after each new value
         self._first: dict[tuple[str, Any], tuple[Parameter, str]] = {}
 
     @property
@@ -146,9 +147,12 @@ class TracingHyperParameters(keras_tuner.HyperParameters):
         ask = self._asks[parameter.identity]
         if not self.is_active(hp):
             return None
-        if ask["value"] is None:
+        is_new = ask["value"] is None
+        if is_new:
             ask["value"] = self._chosen(parameter)
         self.values[hp.name] = ask["value"]
+        if is_new:
+            self.on_ask()
         value: Value = ask["value"]
         return value
 

@@ -25,6 +25,7 @@ from search.publishing import MLFLOW_ENVIRONMENT, default_uri
 from search.study import workspace_folder
 
 HOST = "127.0.0.1"
+_NO_HOST = "--host must be an address of this machine, but got {!r}; leave it out for 127.0.0.1"
 _READY_SECONDS = 120.0
 _STOP_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
@@ -164,10 +165,12 @@ def _allowed(host: str) -> dict[str, str]:
 
 
 def _check_free(host: str, port: int) -> None:
+    if not 0 < port < 65536:
+        raise RequestError(f"--port must be a number from 1 to 65535, but got {port}")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError) as error:
-        raise RequestError(f"--host must be an address of this machine, but got {host!r}: {error}") from None
+    except (OSError, UnicodeError):
+        raise RequestError(_NO_HOST.format(host)) from None
     with socket.socket(family, kind) as probe:
         # As the server will: a connection of a server that has just ended does not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -175,7 +178,7 @@ def _check_free(host: str, port: int) -> None:
             probe.bind((address[0], port, *address[2:]))
         except (OSError, OverflowError) as error:
             if getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
-                raise RequestError(f"--host must be an address of this machine, but got {host!r}") from None
+                raise RequestError(_NO_HOST.format(host)) from None
             raise RequestError(f"port {port} must be free, but: {error}; choose another with --port") from None
 
 

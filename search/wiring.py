@@ -63,6 +63,10 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
             Stopping(folder) as stopping,
             jobs.start_executor(slots, problem, folder, config.start_method, config.env, (hold,)) as executor,
         ):
+            if held := [name for name in secrecy.withheld(os.environ) if name in problem.source]:
+                watcher.say(
+                    f"{', '.join(held)} may be secrets, so trials are not given them; --env {held[0]} hands one over"
+                )
             watcher.say("loading the rows and building the default model")
             Ledger().ready()  # before anything is paid for that could not be recorded
             journal = Journal.create(folder / "journal.sqlite", {})
@@ -263,7 +267,7 @@ class _House(Calm):
                 self._overfull = True
                 self._watcher.say(
                     "the study's folder is at --max-disk with only what must be kept in it, so the search ends here; "
-                    "`heldout resume STUDY --max-disk SIZE` goes on"
+                    f"`heldout resume {self._folder.name} --max-disk SIZE` goes on with a larger limit"
                 )
 
     def tick(self) -> None:

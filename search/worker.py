@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from search.errors import DataError, HeldoutError, RequestError, SpaceError, TrialFailed
+from search import failing
+from search.errors import DataError, HeldoutError, SpaceError, TrialFailed
 from search.problem import Problem, SpaceModule, first_line
 from search.space import Parameter
 
@@ -35,35 +36,9 @@ def main(job: dict[str, Any], channel: Channel) -> None:
         result = JOBS[job["kind"]]({**job["payload"], "slot": job.get("slot")}, channel.send)
     except BaseException as error:
         traceback.print_exc()
-        channel.send(_failure(error, bool((job.get("slot") or {}).get("gpus"))))
+        channel.send(failing.told(error, bool((job.get("slot") or {}).get("gpus"))))
     else:
         channel.send({"type": "result", **result})
-
-
-def _failure(error: BaseException, has_gpus: bool) -> dict[str, Any]:
-    kind = type(error).__name__
-    if (lacking := _out_of_memory(error)) is not None:
-        on_host = isinstance(lacking, MemoryError) or not has_gpus
-        message = f"{type(lacking).__name__}: {first_line(lacking)}"
-        return {"type": "failed", "reason": "oom", "message": message, "error": None, "on_host": on_host}
-    if isinstance(error, TrialFailed):
-        return {"type": "failed", "reason": error.reason, "message": error.message, "error": None}
-    if isinstance(error, RequestError):
-        return {"type": "failed", "reason": "invalid", "message": str(error), "error": kind}
-    return {"type": "failed", "reason": "crash", "message": f"{kind}: {first_line(error)}", "error": None}
-
-
-def _out_of_memory(error: BaseException | None) -> BaseException | None:
-    """The error, or what caused it, by which Python or a backend says that memory ran out; None if neither does."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        # TensorFlow's and torch's by their names; JAX has one class for everything, and the word in its text.
-        named = type(error).__name__ in ("ResourceExhaustedError", "OutOfMemoryError")
-        if isinstance(error, MemoryError) or named or str(error).startswith("RESOURCE_EXHAUSTED"):
-            return error
-        error = error.__cause__
-    return None
 
 
 def load(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
@@ -276,8 +251,12 @@ def _telling(
             told = len(asks)
             send({"type": "asks", "asks": asks})
 
-    if proposal.keys() <= {Parameter.from_json(ask).identity for ask in hp.asks}:
-        tell()
+    def asked() -> None:  # by a fit that may hang afterwards, and then it is good to know with what
+        if proposal.keys() <= {Parameter.from_json(ask).identity for ask in hp.asks}:
+            tell()
+
+    asked()
+    hp.on_ask = asked
 
     def reporting(body: dict[str, Any]) -> None:
         tell()

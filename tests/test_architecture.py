@@ -22,7 +22,7 @@ LAYERS = (
     {"domain", "traces", "split", "ranks", "intervals", "ledger", "template", "publishing", "watcher", "finalists"},
     {"journal_file", "usage", "retries", "surroundings", "supervision"},
     {"space", "store", "leakage"},
-    {"data"},
+    {"data", "failing"},
     {"history", "tracing", "declaration", "scoring"},
     {"fused", "checkpoints"},
     {"feeding", "few_errors"},

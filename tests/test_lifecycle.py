@@ -170,7 +170,8 @@ def test_a_study_that_is_driven_or_not_there_is_refused(workspace: Workspace) ->
     with locked(workspace.root / "studies" / "one"):
         with pytest.raises(StudyError, match="is being driven already"):
             lifecycle.delete("one", workspace=workspace.root)
-    assert workspace.files() == before | {"studies/one/lock"} and names(workspace.root) == ["one"]
+    locks = {"studies/one/lock", "studies/one/processes.lock"}
+    assert workspace.files() == before | locks and names(workspace.root) == ["one"]
     with pytest.raises(StudyError, match="no study called 'none'"):
         lifecycle.delete("none", workspace=workspace.root)
     with pytest.raises(StudyError, match="a study's name must be"):

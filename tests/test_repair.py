@@ -259,7 +259,7 @@ def test_a_healthy_journal_is_left_as_it_is(truth: Truth, tmp_path: Path, state:
 def test_a_copy_that_is_behind_is_brought_up_to_date(study: Study, truth: Truth) -> None:
     (study.folder / COPY).unlink()
     found = repair(study)
-    assert found["healthy"] and found["said"] == "its second record was behind, and is whole again"
+    assert found["healthy"] and found["said"] == "its second record was torn or behind, and is whole again"
     assert repair(study)["said"] == "nothing is wrong with it"
     is_all_there(study, truth)
 

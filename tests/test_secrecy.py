@@ -65,8 +65,8 @@ def test_a_variable_or_the_file_that_is_named_for_it(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({}, "--env NAMED must find the variable NAMED, or NAMED_FILE .*, but neither is set; set one of them"),
-        ({"NAMED": ""}, "neither is set"),
+        ({}, "the variable NAMED, .* must be set, or NAMED_FILE .*, but neither is; set one of them"),
+        ({"NAMED": ""}, "but neither is; set one of them"),
         ({"NAMED_FILE": "/nowhere/to/be/found"}, "NAMED_FILE must name a file that can be read, but /nowhere.*No such"),
         ({"NAMED_FILE": "/"}, "must name a file that can be read, but /: Is a directory"),
         ({"NAMED": "abc"}, "must have at least 4 characters, .* but has 3; a variable that is no secret"),
