@@ -316,7 +316,7 @@ class Driver:
         """An attempt is over without a result: try again, or record that the trial failed."""
         failure = attempt.failure
         assert failure is not None
-        if failure.reason != "timeout" and not self._recording.has_room():
+        if failure.reason != "timeout" and self._recording.was_full_since(attempt.trial.started or 0.0):
             self._requeue(attempt, TrialFailed("lost", f"the disk was full ({failure.message})"), is_counted=False)
         elif not is_counted or may_retry(attempt.trial, failure):
             self._requeue(attempt, failure, is_counted)

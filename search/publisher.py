@@ -89,6 +89,7 @@ class Publisher:
         return {
             "experiment_id": self._experiment_id or None,
             "run_id": self._parent.run_id if self._parent else None,
+            "status": self._parent.status if self._parent else None,
             "runs": {str(number): run_id for number, run_id in last.items() if run_id},
             "published": published,
             "behind": max(self._story.length, self._journal.length) - published,

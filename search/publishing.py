@@ -122,8 +122,8 @@ def credentials(uri: str) -> dict[str, str]:
 def read(study_dir: Path) -> dict[str, Any]:
     """What the tracker last said of itself; empty before it first did, or where the file is torn.
 
-    Keys: ``uri``, ``experiment_id``, ``run_id`` (of the study), ``runs`` (trial number, as a string, to run
-    id), ``published`` (journal events that MLflow has), ``behind`` (events that it does not have yet)
+    Keys: ``uri``, ``experiment_id``, ``run_id`` and ``status`` (of the study's run), ``runs`` (trial number, as a
+    string, to run id), ``published`` (journal events that MLflow has), ``behind`` (events that it does not have yet)
     and ``error`` (why, or None).
     """
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -37,6 +38,7 @@ class Recording:
         self._journal, self._surroundings, self._watcher = journal, surroundings, watcher
         self._wait, self._clock = wait, clock
         self._paused = False
+        self._full_at = -math.inf  # when the disk was last seen to be full
         self._reports: list[Report] = []
         self._flushed = 0.0
 
@@ -44,11 +46,16 @@ class Recording:
         """Whether the disk has room; says so when that changes."""
         why = self._surroundings.lacks_room()
         if why is not None:
+            self._full_at = self._clock()
             self._pause(why)
         elif self._paused:
             self._paused = False
             self._watcher.say("there is room on the disk again: going on")
         return why is None
+
+    def was_full_since(self, at: float) -> bool:
+        """Whether the disk was full at any time from ``at`` on, and may be to blame for what failed since."""
+        return not self.has_room() or self._full_at >= at
 
     def durably(self, write: Callable[[], _T]) -> _T:
         """Write to the journal, trying again until the disk takes it.
@@ -60,6 +67,7 @@ class Recording:
             try:
                 return write()
             except DiskFull as error:
+                self._full_at = self._clock()
                 self._pause(str(error))
                 self._wait()
 

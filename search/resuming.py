@@ -73,6 +73,11 @@ def resume(
         journal = stack.enter_context(Journal.open(found.folder / "journal.sqlite"))
         plan = _plan(found.name, journal, asked, trials)
         if found.meta("state") == "COMPLETE" and plan.trials == asked.trials:
+            shown = publishing.read(found.folder)
+            if shown.get("behind") or shown.get("status") == "RUNNING":
+                watcher.say("the study is complete; MLflow catches up")
+                jobs.publish(found.folder, journal, watcher)
+                return Study(found.name, found.workspace)
             raise StudyError(
                 f"study {found.name!r} is complete; see it with `heldout report {found.name}`, or extend it with "
                 f"`heldout resume {found.name} --trials +N`"

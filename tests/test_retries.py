@@ -190,6 +190,37 @@ class Room(Calm):
         return "only 3 MiB are free" if self.lacking >= 0 else None
 
 
+def test_a_crash_that_is_told_when_there_is_room_again_is_still_the_disks(journal: Journal) -> None:  # noqa: F811
+    room = Room(0)
+
+    class Filling(Scripted):
+        def poll(self, timeout: float) -> list[Any]:
+            events = super().poll(timeout)
+            # Full for one look of the driver while trial 2 runs; its process takes a while to die of it.
+            if any(e.job == "trial-2-0" for e in events) and not self.held:
+                self.held, room.lacking = events, 1
+                return []
+            events, self.held = [*self.held, *events], []
+            return events
+
+        held: list[Any] = []
+
+    class Once(Filling):
+        done = False
+
+        def poll(self, timeout: float) -> list[Any]:
+            if self.done:
+                return Scripted.poll(self, timeout)
+            events = super().poll(timeout)
+            self.done = any(isinstance(e, Exited) and e.job == "trial-2-0" for e in events)
+            return events
+
+    executor = Once([signalled(0, 11)])
+    driver(journal, None, trials=5, executor=executor, surroundings=room).run()
+    trial = journal.history()[2]
+    assert trial.state is TrialState.COMPLETE and trial.attempt == 1 and not trial.retries
+
+
 class Listening(Silent):
     def __init__(self) -> None:
         self.heard: list[str] = []
