@@ -19,7 +19,7 @@ from search import disk, journal_file, keeping, lifecycle, publishing
 from search.errors import RequestError
 from search.journal import Journal
 from search.lock import driver_of, locked
-from search.study import workspace_folder
+from search.study import workspace_folder, workspace_id
 
 _YOUNG = 600.0  # seconds in which what looks like nobody's may be somebody's who is just starting
 _STALE = 86_400.0  # where nothing tells whether a process is still at it
@@ -191,20 +191,23 @@ def _runs(root: Path, left: list[str]) -> Iterator[Waste]:
 
 
 def _held(root: Path) -> dict[str, int]:
-    """Ids of studies that have runs in the workspace's own store, with the bytes of their artifacts.
+    """Ids of this workspace's studies that have runs in its own store, with the bytes of their artifacts.
 
-    Read with SQL, since importing MLflow takes seconds and mostly there is nothing to remove.
+    Another workspace may publish here, and its runs are not ours to remove: a study's run says whose it is. Read with
+    SQL, since importing MLflow takes seconds and mostly there is nothing to remove.
     """
     file, found = root / "mlflow.db", dict[str, int]()
     if not file.exists():
         return found
     query = (
         "SELECT tags.value, runs.artifact_uri FROM tags JOIN runs ON runs.run_uuid = tags.run_uuid "
-        "WHERE tags.key = 'heldout.study_id'"
+        "WHERE tags.key = 'heldout.study_id' AND tags.value IN ("
+        "SELECT study.value FROM tags AS study JOIN tags AS owner ON owner.run_uuid = study.run_uuid "
+        "WHERE study.key = 'heldout.study_id' AND owner.key = 'heldout.workspace' AND owner.value = ?)"
     )
     with contextlib.suppress(sqlite3.Error):
         with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as store:
-            for study, uri in store.execute(query):
+            for study, uri in store.execute(query, (workspace_id(root),)):
                 local = str(uri).startswith("file:")
                 place = Path(urllib.parse.unquote(urllib.parse.urlsplit(str(uri)).path))
                 found[study] = found.get(study, 0) + (disk.size(place) if local else 0)

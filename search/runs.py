@@ -20,6 +20,7 @@ Key = tuple[int, int]
 
 STUDY_ID, TRIAL, ATTEMPT, STATE = "heldout.study_id", "heldout.trial", "heldout.attempt", "heldout.state"
 CONFIRMS = "heldout.confirms"
+WORKSPACE = "heldout.workspace"
 NON_FINITE = "heldout.non_finite"
 INTERRUPTED = "INTERRUPTED"
 """State tag of a run whose driver ended before it did; a resumed study may yet go on with it."""
@@ -217,8 +218,10 @@ def non_finite(points: Iterable[Point]) -> str:
 
 def study_tags(study: Mapping[str, Any]) -> dict[str, str]:
     """Tags the study's run is created with; it has no trial, and so is found again."""
+    known = study.get("workspace_id")
     return {
         STUDY_ID: study["study_id"],
+        **({} if known is None else {WORKSPACE: known}),
         STATE: "RUNNING",
         "mlflow.runName": study["name"],
         "mlflow.note.content": note(study, None),

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,6 +187,17 @@ def make_workspace(folder: Path) -> None:
         ) from None
     if not writable:
         raise RequestError(f"the workspace {folder} must be writable, but it is not; choose another with --workspace")
+
+
+def workspace_id(folder: Path) -> str:
+    """A name of the workspace that it keeps when it is moved; by it MLflow's runs are known as the workspace's own."""
+    file, draft = folder / "id", folder / f"id.{os.getpid()}.new"
+    if not file.exists():
+        draft.write_text(uuid.uuid4().hex)
+        with contextlib.suppress(FileExistsError):  # another launch was first
+            os.link(draft, file)
+        draft.unlink()
+    return file.read_text().strip()
 
 
 def reserve(workspace: Path, name: str | None, space: str) -> Path:

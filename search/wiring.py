@@ -20,7 +20,7 @@ from search.lock import locked
 from search.problem import Problem, find
 from search.samplers import get_sampler
 from search.stopping import Stopping
-from search.study import Study, StudyConfig, config_of, make_workspace, release, reserve, workspace_folder
+from search.study import Study, StudyConfig, config_of, make_workspace, release, reserve, workspace_folder, workspace_id
 from search.surroundings import FINISH, Calm
 from search.trial import Trial, searched
 from search.watcher import Silent, Watcher
@@ -134,6 +134,7 @@ def _study_meta(
         "tracking_uri": secrecy.redacted(uri),
         "tracking_secret": secrecy.redacted(uri) != uri,
         "artifact_root": str(workspace / "artifacts"),
+        "workspace_id": workspace_id(workspace),
         "data": {key: prepared["manifest"][key] for key in ("digest", "fingerprint", "rows", "tiers")},
     }
 

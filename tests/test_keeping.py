@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from search import keeping, places
 from search.cli import main
-from search.errors import RequestError
+from search.errors import DiskFull, RequestError
 from search.journal import Journal
 from search.study import Study, StudyConfig
 from search.trial import Trial, TrialState, ranked
@@ -208,6 +208,34 @@ class TestMaxDisk:
         assert study.models() == keeping.kept(study.journal.history(), keeping.limit(study.journal))
         again = keeping.Keeper(study.folder, study.journal, most=350_000)
         assert (again.keep, again.total) == (keeper.keep, keeper.total)
+        study.journal.close()
+
+    def test_a_limit_that_could_not_be_recorded_deletes_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        study = Disk(tmp_path / "s", keep=None)
+        keeper = keeping.Keeper(study.folder, study.journal, most=350_000)
+
+        def full(key: str, value: object) -> None:
+            raise DiskFull("the journal cannot be written")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(study.journal, "put", full)
+            with pytest.raises(DiskFull):
+                self.run(study, keeper, [5.0, 4.0, 3.0, 2.0, 1.0, 6.0, 0.5])
+        self.run(study, keeper, [0.1], size=1000)
+        assert study.models() == keeping.kept(study.journal.history(), keeping.limit(study.journal))
+        study.journal.close()
+
+    def test_a_model_that_was_chosen_stays_when_better_ones_come(self, tmp_path: Path) -> None:
+        """Until the longer study has chosen anew, the recorded winner can be exported."""
+        study = Disk(tmp_path / "s", keep=2)
+        keeper = keeping.Keeper(study.folder, study.journal)
+        self.run(study, keeper, [3.0, 2.0])
+        study.journal.put("selection", {"winner": {"trial": 1}, "baseline": {"trial": 0}})
+        again = keeping.Keeper(study.folder, study.journal)
+        self.run(study, again, [1.0, 0.5, 0.4])
+        assert study.models() == {0, 1, 3, 4}
         study.journal.close()
 
     def test_when_the_best_alone_is_too_much_it_says_so(self, tmp_path: Path) -> None:

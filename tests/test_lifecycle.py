@@ -22,7 +22,8 @@ from search.errors import RequestError, StudyError, TrackingError
 from search.journal import Journal
 from search.ledger import Ledger
 from search.lock import locked
-from search.study import Study, names
+from search.repairing import repair
+from search.study import Study, names, workspace_id
 from search.trial import Trial, TrialState
 from tests.conftest import ROOT, Heldout
 from tests.tiny import write_space
@@ -63,7 +64,8 @@ class Workspace:
         """A complete study of three trials on these rows; its id."""
         folder = self.root / "studies" / name
         folder.mkdir()
-        meta = study(self.root) | {"name": name, "tracking_uri": self.uri} | changes
+        own = {"name": name, "tracking_uri": self.uri, "workspace_id": workspace_id(self.root)}
+        meta = study(self.root) | own | changes
         meta["space"] = meta["space"] | {"name": SPACE}
         prepared: dict[str, Any] = {"preprocess": None}
         for kind in ("rows", "sealed"):
@@ -97,6 +99,7 @@ class Workspace:
 
     def files(self) -> set[str]:
         found = (path for path in self.root.rglob("*") if path.is_file() and not path.name.startswith("mlflow.db"))
+        found = (path for path in found if path != self.root / "id")  # the workspace's own
         return {str(path.relative_to(self.root)) for path in found}
 
     def artifacts(self) -> set[str]:
@@ -377,6 +380,56 @@ def test_what_nothing_needs_goes_and_a_dry_run_only_says_so(workspace: Workspace
     assert (root / f"mlflow.db.{os.getpid()}.new").exists()
     assert garbage.gc(root)["removed"] == []
     assert "would be freed" in garbage.lines(planned, True)[-1] and " freed" in garbage.lines(found, False)[-1]
+
+
+def test_runs_of_another_workspace_in_this_store_are_not_touched(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.add("ours", "aaa")
+    theirs = Workspace(tmp_path / "theirs", uri=workspace.uri).add("other", "aaa")
+    found = garbage.gc(workspace.root)
+    assert not any("runs" in kind for kind in kinds(found)) and len(workspace.runs(theirs)) == 4
+
+
+def test_a_study_whose_journal_is_lost_but_can_be_repaired_is_no_waste(workspace: Workspace) -> None:
+    """As a repair that was killed leaves it: the second record has everything."""
+    study_id = workspace.add("one", "aaa")
+    folder = workspace.root / "studies" / "one"
+    for path in folder.glob("journal.sqlite*"):
+        path.unlink()
+    for path in (folder, workspace.root / "rows" / "aaa", workspace.root / "sealed" / "aaa"):
+        aged(path)
+    before = workspace.files()
+    assert garbage.gc(workspace.root)["removed"] == []
+    assert workspace.files() == before and len(workspace.runs(study_id)) == 4
+    workspace.add("two", "aaa")
+    assert not lifecycle.delete("two", workspace=workspace.root)["rows"]  # the first may need them
+    assert repair("one", workspace=workspace.root)["trials"]["complete"] == 3
+
+
+def test_files_of_the_user_that_look_like_drafts_stay(workspace: Workspace) -> None:
+    workspace.add("one", "aaa")
+    mine = [workspace.root / name for name in ("results.2024-11.csv", "data.v1-99999.npy", "notes.new")]
+    for path in mine:
+        path.write_text("mine")
+        aged(path)
+    assert garbage.gc(workspace.root)["removed"] == [] and all(path.exists() for path in mine)
+
+
+def test_rows_that_a_launch_takes_up_meanwhile_stay(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for digest in ("aaa", "bbb"):
+        for kind in ("rows", "sealed"):
+            (workspace.root / kind / digest).mkdir(parents=True)
+            aged(workspace.root / kind / digest)
+    discard, launched = lifecycle.discard, []
+
+    def slow(root: Path, path: Path) -> int:
+        if not launched:
+            launched.append(workspace.add("new", "bbb"))  # while the first rows are removed
+        return discard(root, path)
+
+    monkeypatch.setattr(lifecycle, "discard", slow)
+    found = garbage.gc(workspace.root)
+    assert (workspace.root / "rows" / "bbb").exists() and not (workspace.root / "rows" / "aaa").exists()
+    assert any("a study has begun to use it" in why for why in found["left"])
 
 
 def test_what_is_young_driven_or_in_use_is_let_alone(workspace: Workspace) -> None:
