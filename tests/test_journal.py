@@ -593,3 +593,13 @@ def test_what_finds_no_room_says_so_and_can_be_written_later(journal: Journal, p
     journal.finish(complete(running(0)))
     with Journal.open(path) as again:
         assert again.history() == (complete(running(0)),)
+
+
+def test_a_new_file_is_whole_without_a_log(path: Path) -> None:
+    """A log's way into the file, at closing, fails in silence where there is no room: so there must be none."""
+    journal_file.make(path, {"meta": [("key", "1", 0.0, 1)]})
+    assert path.read_bytes()[18:20] == b"\x01\x01"  # SQLite's mark of a rollback journal
+    assert [file.name for file in path.parent.iterdir() if "-" in file.name or "new" in file.name] == []
+    with Journal.open(path) as journal:
+        assert journal._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert journal.get("key") == 1

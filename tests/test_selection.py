@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -620,3 +621,22 @@ def test_a_thousand_candidates_on_ten_thousand_rows_take_seconds(tmp_path):
     assert found.estimate == pytest.approx(0.9, abs=0.01)
     assert seconds < 20, "about 1.5 s on one quiet core"
     assert peak < 500e6
+
+
+def test_a_model_of_which_something_is_missing_cannot_be_chosen(tmp_path: Path) -> None:
+    """As after a power cut or a repair: better another model than a study that cannot be concluded."""
+    from search import places, winner
+    from search.trial import Trial
+
+    trial, parts = Trial(3), np.zeros((5, 1), dtype=np.float32)
+    weights, guard = places.weights(tmp_path, 3), places.guard_parts(tmp_path, 3)
+    weights.parent.mkdir(parents=True)
+    guard.parent.mkdir()
+    evidence = {"validation": [0.0]}
+    assert not winner._is_whole(tmp_path, trial, evidence)
+    weights.write_bytes(b"w")
+    assert winner._is_whole(tmp_path, trial, None) and not winner._is_whole(tmp_path, trial, evidence)
+    np.save(guard, parts)
+    assert winner._is_whole(tmp_path, trial, evidence)
+    guard.write_bytes(guard.read_bytes()[:-4])
+    assert not winner._is_whole(tmp_path, trial, evidence)

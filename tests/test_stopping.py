@@ -389,3 +389,41 @@ def test_a_study_that_may_hold_no_more_ends_its_search_and_goes_on_with_a_larger
     ran = heldout("resume", "s", "--max-disk", "100M", *where)
     assert ran.returncode == 0, ran.stderr
     assert len(study.trials) == 14
+
+
+LAYER = """
+@keras.saving.register_keras_serializable("tiny")
+class Turn(keras.layers.Layer):
+    def call(self, x):
+        return x * FACTOR
+"""
+
+
+@pytest.mark.slow
+def test_a_model_is_tested_by_the_text_that_it_was_trained_from(
+    tmp_path: Path, launched: Any, heldout: Heldout
+) -> None:
+    """A custom layer that means something else in the changed module must not change what old models predict."""
+    build = PARTS["build"].replace(
+        "    model.add(keras.layers.Dense(2, activation='softmax'))\n",
+        "    model.add(keras.layers.Dense(2, activation='softmax'))\n    model.add(Turn())\n",
+    )
+    build = build.replace("hp.Int('layers', 1, 2)", "1").replace("default=1e-2", "default=5e-2")
+    parts = {"build": build, "objective": 'objective = "val_accuracy"\nepochs = 8'}
+    with_layer = {**SLOW, **parts}
+    imports, rest = SLOW["imports"], SLOW["rest"]
+    write_space(tmp_path, **(with_layer | {"imports": imports + LAYER.replace("FACTOR", "1.0"), "rest": rest}))
+    one: Launched = launched(
+        "launch", str(tmp_path / "tiny.py"), "--trials", "3", "--study", "s", "--confirm", "0", "--workers", "1"
+    )
+    one.until("trial 1 ")
+    one.process.kill()
+    one.process.wait()
+    # Trained with it, a model learns to be right as well; loaded with it, an old one is wrong wherever it was right.
+    write_space(tmp_path, **(with_layer | {"imports": imports + LAYER.replace("FACTOR", "-1.0"), "rest": rest}))
+    ran = heldout("resume", "s", "--accept-changes", "--workspace", str(one.workspace), "--json")
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["baseline"]["trial"] == 0 and found["test"]["opening"] == 1
+    assert abs(found["test"]["baseline"] - found["baseline"]["validation"]) < 0.35
+    assert found["baseline"]["validation"] > 0.7
