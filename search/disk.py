@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
 from pathlib import Path
 
-from search.errors import RequestError
+from search.errors import DiskFull, RequestError, StudyFailed
 
 MIN_FREE = "HELDOUT_MIN_FREE"
 _RESERVE = 256 << 20  # the journal, a report and one large model, so that a study can end in order
@@ -71,9 +72,20 @@ def is_full(path: Path) -> bool:
 
 def lack(path: Path) -> str | None:
     """Why nothing more may be written, in one line; None while there is room."""
+    if not os.access(path, os.W_OK):
+        return f"{path} cannot be written at present"
     if not is_full(path):
         return None
     return f"only {shown(free(path))} are free where {path} is, of {shown(reserve())} that must stay free ({MIN_FREE})"
+
+
+def failure(path: Path, error: OSError) -> StudyFailed:
+    """The error for a write that a study cannot do without: one to wait for where the disk takes nothing at present."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return DiskFull(f"{path} could not be written ({error.strerror})")
+    return StudyFailed(
+        f"{path} must be written, but: {error.strerror}; see to its disk and permissions, then `heldout resume`"
+    )
 
 
 def check(path: Path) -> None:

@@ -217,7 +217,7 @@ class Driver:
         running = dataclasses.replace(trial, state=TrialState.RUNNING, started=now, slot=slot.index, text=text)
         self._recording.durably(lambda: self._journal.begin(running))
         proposal = self._space.proposal(trial.params) if self._space is not None and trial.number else None
-        payload = self._payload(running, proposal)
+        payload = self._recording.durably(lambda: self._payload(running, proposal))
         job = Job(job_id(running), "trial", payload, log=payload.get("log"))
         self._running[job.id] = Attempt(running, slot)
         self._executor.submit(job, slot)

@@ -9,7 +9,7 @@
     │   └── TrackingError     the tracking server cannot be used
     ├── StudyFailed           the study started and could not go on (exit 1)
     │   ├── ExecutorError     the processes that run trials could not be had or were lost
-    │   ├── DiskFull          a record could not be written for want of room; the driver waits and tries again
+    │   ├── DiskFull          the disk, full or read-only, takes no record; the driver waits and tries again
     │   └── StudyStopped      somebody asked it to stop at once; `heldout resume` goes on
     └── TrialFailed           this trial is over, the study goes on
 
@@ -56,7 +56,7 @@ class ExecutorError(StudyFailed):
 
 
 class DiskFull(StudyFailed):
-    """A record could not be written because the disk is full; nothing of it was written."""
+    """The disk takes nothing at present, full or read-only as it is; nothing of the record was written."""
 
 
 class StudyStopped(StudyFailed):

@@ -145,7 +145,7 @@ class Journal:
                     self._connection.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error):
                 if journal_file.is_full(self.path, error):
-                    raise DiskFull(f"the disk of {self.path} is full") from error
+                    raise DiskFull(f"{self.path} could not be written ({error})") from error
                 raise StudyFailed(
                     f"the journal must take every trial, but {self.path} could not be written ({error}); "
                     "see that its disk has room, can be written to, and that no other driver runs this study"

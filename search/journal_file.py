@@ -210,10 +210,13 @@ def damaged(path: Path, error: Exception) -> RequestError:
 
 
 def is_full(path: Path, error: sqlite3.Error) -> bool:
-    """Whether a write failed because the disk is full, which SQLite also reports as a mere I/O error."""
+    """Whether a write failed because the disk takes nothing at present, full or read-only as it is."""
     primary = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if primary == sqlite3.SQLITE_FULL:
         return True
+    if primary in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+        return not os.access(path.parent, os.W_OK)
+    # A full disk SQLite also reports as a mere I/O error.
     return primary == sqlite3.SQLITE_IOERR and shutil.disk_usage(path.parent).free < _LEAST_ROOM
 
 

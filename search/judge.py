@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from search import scoring
+from search import disk, scoring
 from search.attempt import Verdict
 from search.data import OpenRows, SealedRows
-from search.errors import DataError, DiskFull, StudyFailed, TrialFailed
+from search.errors import DataError, TrialFailed
 from search.metrics import RANKS, Array
 
 
@@ -97,9 +96,7 @@ class RowJudge:
             temporary.chmod(0o600)
             os.replace(temporary, path)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFull(f"{path} could not be written, since the disk is full") from error
-            raise StudyFailed(f"{path} must be written for every trial, but: {error.strerror}") from error
+            raise disk.failure(path, error) from error
         return path
 
     def score(self, tier: str, metric: scoring.Metric, result: dict[str, Any]) -> scoring.Score:

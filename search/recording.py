@@ -50,7 +50,7 @@ class Recording:
             self._pause(why)
         elif self._paused:
             self._paused = False
-            self._watcher.say("there is room on the disk again: going on")
+            self._watcher.say("the disk takes what is written again: going on")
         return why is None
 
     def was_full_since(self, at: float) -> bool:
@@ -96,4 +96,4 @@ class Recording:
     def _pause(self, why: str) -> None:
         if not self._paused:
             self._paused = True
-            self._watcher.say(f"paused: {why}; it goes on by itself once there is room")
+            self._watcher.say(f"paused: {why}; it goes on by itself once that is mended")

@@ -169,7 +169,10 @@ def drive(
 
     def payload(trial: Trial, proposal: dict[str, Any] | None) -> dict[str, Any]:
         place = places.trial(folder, trial.number)
-        place.mkdir(parents=True, exist_ok=True)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk.failure(place, error) from error
         return jobs.base_payload(jobs.prepared_for(journal, trial), place) | {
             "epochs": config.epochs,
             "seed": trial.seed,

@@ -244,8 +244,8 @@ def test_a_full_disk_pauses_and_costs_no_retry(journal: Journal) -> None:  # noq
     trial = journal.history()[2]
     assert trial.state is TrialState.COMPLETE and trial.attempt == 2 and not trial.retries
     told = [text for text in watcher.heard if "paused" in text or "going on" in text]
-    assert told == ["paused: only 3 MiB are free; it goes on by itself once there is room",
-                    "there is room on the disk again: going on"] * 2  # fmt: skip
+    assert told == ["paused: only 3 MiB are free; it goes on by itself once that is mended",
+                    "the disk takes what is written again: going on"] * 2  # fmt: skip
 
 
 def test_a_journal_on_a_full_disk_is_written_once_there_is_room(journal: Journal) -> None:  # noqa: F811
