@@ -94,7 +94,7 @@ def refit(
             "seed": trial.seed,
             "proposal": space.proposal(trial.params),
             "epochs": epochs,
-            "deterministic": journal.get("study")["config"].get("deterministic", False),
+            "deterministic": (journal.get("study").get("config") or {}).get("deterministic", False),
             "out": str(path),
         }
         job = Job(f"refit-{trial.number}", "refit", payload, log=str(path.parent / "refit.log"))

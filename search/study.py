@@ -211,7 +211,9 @@ def reserve(workspace: Path, name: str | None, space: str) -> Path:
         try:
             (studies / check_name(name)).mkdir()
         except FileExistsError:
-            began = journal_file.holds_study(studies / name) and Study(name, workspace).meta("state") is not None
+            began = False
+            with contextlib.suppress(RequestError):
+                began = Study(name, workspace).meta("state") is not None
             way = f"continue it with `heldout resume {name}`" if began else f"remove it by `heldout delete {name}`"
             raise StudyError(f"there is a study called {name!r} already; {way}, or choose another --study") from None
         return studies / name

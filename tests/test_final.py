@@ -66,7 +66,7 @@ class Searched:
         self.executor = InlineExecutor(in_this_process)
 
     def get(self, key: str) -> Any:
-        return {"prepared": self.prepared}[key]
+        return {"prepared": self.prepared, "study": {"config": {}}}.get(key)
 
     def space(self) -> Space:
         return self.known

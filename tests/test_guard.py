@@ -12,7 +12,7 @@ import pytest
 
 from search.cli import _trainings
 from search.ledger import Ledger
-from search.study import Study
+from search.study import Study, StudyConfig
 from search.trial import Trial, searched
 from tests.conftest import Heldout, run_heldout
 from tests.test_end_to_end import Done, launched
@@ -306,8 +306,8 @@ def test_check_counts_the_confirmation_and_says_what_the_rows_could_show(space: 
 
 
 def test_the_time_left_counts_the_confirmation() -> None:
-    assert _trainings(space="s", trials=30) == 42 and _trainings(space="s", trials=30, confirm=0) == 30
-    assert _trainings(space="s", trials=30, confirm=5, confirm_seeds=2) == 42
+    assert _trainings(StudyConfig("s", trials=30)) == 42 and _trainings(StudyConfig("s", trials=30, confirm=0)) == 30
+    assert _trainings(StudyConfig("s", trials=30, confirm=5, confirm_seeds=2)) == 42
 
 
 KINDS = {  # name to what differs: objective, labels, the last layer, loss, metrics, columns of the Dataset, other lines

@@ -190,7 +190,7 @@ def test_planted_secrets_are_nowhere(tmp_path: Path, heldout: Heldout) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--env", "MISSING"], "(--env MISSING), must be set, or MISSING_FILE"),
+        (["--env", "MISSING"], r"\(--env MISSING\), must be set, or MISSING_FILE"),
         (["--env", f"FILED={FILED}"], "--env must be the name of a variable, but got 'FILED='; leave the value out"),
         (["--env", "FILED", "--tag", f"login={FILED}"], "a launch must not have the value of --env FILED in it"),
         (["--env", "FILED", "--env", "WRITTEN"], "the space module .* must not have the value of --env WRITTEN in it"),
