@@ -125,7 +125,10 @@ def test_one_interrupt_lets_trials_end_and_prints_the_report_so_far(
     assert len(resumed(one, heldout)) == 5
 
 
-@pytest.mark.parametrize("how", ["interrupted twice", "terminated", "stopped now"])
+TERMINATED = pytest.param("terminated", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("how", ["interrupted twice", TERMINATED, "stopped now"])
 def test_stopped_at_once_what_ran_runs_again_on_resume(
     how: str, tmp_path: Path, launched: Any, heldout: Heldout
 ) -> None:
@@ -177,6 +180,7 @@ def test_an_interrupt_before_the_study_began_leaves_nothing(tmp_path: Path, laun
     assert list((one.workspace / "studies").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_told_who_the_first_is(tmp_path: Path, launched: Any, heldout: Heldout) -> None:
     one = launched("launch", write_space(tmp_path, **SLOW), "--trials", "4", "--study", "s", *CHEAP)
     one.until("trial 0 ")
@@ -283,6 +287,7 @@ def test_an_extended_study_is_what_a_longer_one_would_have_been(tmp_path: Path, 
         assert heldout("resume", "short", f"--trials={wrong}", *where).returncode == 2
 
 
+@pytest.mark.slow
 def test_an_extension_after_the_test_costs_the_next_opening_and_says_so(tmp_path: Path, heldout: Heldout) -> None:
     found = launched_study(tmp_path, heldout, "s", "--trials", "3", "--confirm", "0")
     assert found["test"]["opening"] == 1
@@ -324,12 +329,14 @@ def test_a_changed_module_is_refused_with_the_difference(tmp_path: Path, launche
     assert len(resumed(one, heldout)) == 4
 
 
+@pytest.mark.slow
 def test_a_module_that_is_gone_goes_on_as_recorded(tmp_path: Path, launched: Any, heldout: Heldout) -> None:
     one = interrupted(tmp_path, launched)
     (tmp_path / "tiny.py").unlink()
     assert len(resumed(one, heldout)) == 4
 
 
+@pytest.mark.slow
 def test_an_accepted_change_holds_for_what_follows_and_old_models_keep_their_text(
     tmp_path: Path, launched: Any, heldout: Heldout
 ) -> None:
@@ -357,6 +364,7 @@ def test_an_accepted_change_holds_for_what_follows_and_old_models_keep_their_tex
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.slow
 def test_a_change_of_the_rows_is_a_new_study(tmp_path: Path, launched: Any, heldout: Heldout) -> None:
     one = interrupted(tmp_path, launched)
     write_space(tmp_path, **SLOW, load=PARTS["load"].replace("size=(200", "size=(210"))
