@@ -53,8 +53,7 @@ def resume(
     meta = found.meta("study")
     if meta is None or found.meta("state") is None:
         raise StudyError(
-            f"study {found.name!r} never began, so there is nothing to resume; `heldout delete {found.name}` and "
-            "launch it again"
+            f"study {found.name!r} never began, so there is nothing to resume; launch it again under its name"
         )
     with found.journal() as journal:
         before = config_of(journal)

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -198,38 +197,6 @@ def workspace_id(folder: Path) -> str:
             os.link(draft, file)
         draft.unlink()
     return file.read_text().strip()
-
-
-def reserve(workspace: Path, name: str | None, space: str) -> Path:
-    """Make the new study's folder, which takes its name.
-
-    Raises:
-        StudyError: If the given name is taken.
-    """
-    studies = workspace / "studies"
-    if name is not None:
-        try:
-            (studies / check_name(name)).mkdir()
-        except FileExistsError:
-            began = False
-            with contextlib.suppress(RequestError):
-                began = Study(name, workspace).meta("state") is not None
-            way = f"continue it with `heldout resume {name}`" if began else f"remove it by `heldout delete {name}`"
-            raise StudyError(f"there is a study called {name!r} already; {way}, or choose another --study") from None
-        return studies / name
-    base = re.sub(r"[^A-Za-z0-9._-]|\.(?=\.)", "_", space).lstrip("._-")[:90] or "study"
-    number = 1
-    while True:
-        try:
-            (studies / f"{base}-{number}").mkdir()
-            return studies / f"{base}-{number}"
-        except FileExistsError:
-            number += 1
-
-
-def release(folder: Path) -> None:
-    """Take back ``reserve``: nothing half-written stays of a study that never began."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def names(workspace: str | os.PathLike[str] | None = None) -> list[str]:

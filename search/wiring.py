@@ -18,9 +18,10 @@ from search.executors.local import LocalExecutor, start_method
 from search.journal import Journal
 from search.lock import locked
 from search.problem import Problem, find
+from search.reserving import clear, release, reserve
 from search.samplers import get_sampler
 from search.stopping import Stopping
-from search.study import Study, StudyConfig, config_of, make_workspace, release, reserve, workspace_folder, workspace_id
+from search.study import Study, StudyConfig, config_of, make_workspace, workspace_folder, workspace_id
 from search.surroundings import FINISH, Calm
 from search.trial import Trial, searched
 from search.watcher import Silent, Watcher
@@ -56,13 +57,16 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     make_workspace(workspace)
     publishing.check_uri(uri)
     folder = reserve(workspace, config.study, problem.name)
-    began = False
+    began = mine = False
     try:
-        with (
-            locked(folder) as hold,
-            Stopping(folder) as stopping,
-            jobs.start_executor(slots, problem, folder, config.start_method, config.env, (hold,)) as executor,
-        ):
+        with contextlib.ExitStack() as held_open:
+            hold = held_open.enter_context(locked(folder))
+            clear(folder)
+            mine = True
+            stopping = held_open.enter_context(Stopping(folder))
+            executor = held_open.enter_context(
+                jobs.start_executor(slots, problem, folder, config.start_method, config.env, (hold,))
+            )
             if held := [name for name in secrecy.withheld(os.environ) if name in problem.source]:
                 watcher.say(
                     f"{', '.join(held)} may be secrets, so trials are not given them; --env {held[0]} hands one over"
@@ -101,7 +105,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
             finally:
                 journal.close()
     except BaseException as error:
-        if not began:
+        if mine and not began:
             release(folder)
         if isinstance(error, ExecutorError) and not began:
             raise RequestError(str(error)) from None

@@ -32,7 +32,7 @@ LAYERS = (
     {"custom_metric", "preflight", "study", "devices", "slots", "discovery", "recording"},
     {"attempt"},
     {"driver"},
-    {"judge", "worker", "stopping", "repairing", "lifecycle", "removing"},
+    {"judge", "worker", "stopping", "repairing", "lifecycle", "removing", "reserving"},
     {"jobs", "belief", "picture", "garbage"},
     {"report"},
     {"final", "winner"},
@@ -63,7 +63,7 @@ STDLIB_ONLY = {
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
     *("usage", "retries", "surroundings", "supervision", "recording", "slots", "discovery", "attempt"),
     *("lock", "stopping", "salvage", "repairing", "secrecy", "watcher"),
-    *("places", "disk", "keeping", "lifecycle", "garbage"),
+    *("places", "disk", "keeping", "lifecycle", "garbage", "reserving"),
 }
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
