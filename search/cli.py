@@ -19,8 +19,6 @@ from search.printing import compare_link, finished, print_json, told, watching
 if TYPE_CHECKING:
     from search.study import StudyConfig
 
-_DEBUG = "heldout.debug"
-
 
 class _Commands(click.Group):
     """Turns our errors into one line and an exit code; tracebacks only with --debug."""

@@ -62,11 +62,6 @@ class Slots:
         self._free.add(slot.index)
         self._kept.pop(slot.index, None)
 
-    @property
-    def all_free(self) -> bool:
-        """Whether nothing runs in any slot."""
-        return len(self._free) == len(self._slots)
-
     def _around(self, slot: Slot, alone: Alone) -> frozenset[int]:
         """Slots that share memory with this one."""
         everywhere = alone is Alone.MACHINE or not slot.gpus
