@@ -50,6 +50,7 @@ class Sampler(Protocol):
 SAMPLERS: Mapping[str, tuple[str, str]] = {
     "random": ("search.samplers.random", "RandomSampler"),
     "tpe": ("search.samplers.hyperopt", "TPESampler"),
+    "gp": ("search.samplers.gp", "GPSampler"),
 }
 
 
