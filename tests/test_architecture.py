@@ -71,7 +71,7 @@ SLOW = {
     "keras": {"training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric", "checkpoints"},
     "keras_tuner": {"tracing"},
     "mlflow": {"tracking", "publisher", "removing"},
-    "scipy": {"statistics", "intervals"},
+    "scipy": {"statistics", "intervals", "samplers"},
     "tensorflow": set(),
     "hyperopt": set(),
     "sklearn": set(),
