@@ -68,7 +68,7 @@ class Likelihood:
             column = points[:, feature]
             self._squares[:, group] += (column[self._rows] - column[self._columns]) ** 2
         self.center = np.array([-2 * _LENGTH[0]] * count + [_AMPLITUDE[0], _NOISE[0]])
-        self._spread = np.array([2 * _LENGTH[1]] * count + [_AMPLITUDE[1], _NOISE[1]])
+        self.spread = np.array([2 * _LENGTH[1]] * count + [_AMPLITUDE[1], _NOISE[1]])
 
     def __call__(self, logarithms: Array) -> tuple[float, Array]:
         """Negative log density and its gradient."""
@@ -92,8 +92,8 @@ class Likelihood:
         gradient[:-2] = amplitude * weights * ((pairs * slope) @ self._squares)
         gradient[-2] = amplitude * (pairs @ value + diagonal.sum())
         gradient[-1] = noise * (diagonal @ self._variances)
-        away = (logarithms - self.center) / self._spread
-        return -(density - 0.5 * away @ away), -(gradient - away / self._spread)
+        away = (logarithms - self.center) / self.spread
+        return -(density - 0.5 * away @ away), -(gradient - away / self.spread)
 
 
 def fit(points: Array, groups: Groups, targets: Array, variances: Array) -> Scales:
