@@ -66,6 +66,9 @@ STDLIB_ONLY = {
     *("places", "disk", "keeping", "lifecycle", "garbage", "reserving"),
 }
 
+# Files of such a part that nothing loads but their name, once a study asks for that sampler.
+BY_NAME = {"samplers/gp.py", "samplers/gaussian_process.py", "samplers/chart.py"}
+
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
 SLOW = {
     "keras": {"training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric", "checkpoints"},
@@ -161,7 +164,7 @@ def test_what_loads_at_import(path: Path) -> None:
         if not at_top or root == "search" or root in sys.stdlib_module_names:
             continue
         where = f"{label(path)}:{line}"
-        assert part(path) not in STDLIB_ONLY, (
+        assert part(path) not in STDLIB_ONLY or label(path) in BY_NAME, (
             f"{where} imports {root}, but may load the standard library only"
         )
         if root in SLOW:

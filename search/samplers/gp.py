@@ -60,7 +60,8 @@ def _proposed(history: Sequence[Trial], space: Space, rng: np.random.Generator) 
     if not chart.axes:
         return space.defaults()
     tried = chart.rows([trial.params for trial in history])
-    seen = set(marks(tried))
+    own = np.array([trial.number >= 0 for trial in history], dtype=bool)
+    seen = set(marks(tried[own]))
     told = _Observations(history)
     if sum(trial.state.is_finished for trial in history) < _STARTUP or not told.whole.any():
         row = _far(chart, tried, rng)
@@ -68,7 +69,7 @@ def _proposed(history: Sequence[Trial], space: Space, rng: np.random.Generator) 
         row = _best(chart, tried, told, seen, rng)
     params = chart.params(row)
     if marks(chart.rows([params]))[0] in seen:
-        signatures = {space.signature(trial.params) for trial in history}
+        signatures = {space.signature(trial.params) for trial in history if trial.number >= 0}
         return space.unseen(signatures, like=params) or params
     return params
 
