@@ -18,6 +18,7 @@ from search.executors.local import LocalExecutor, start_method
 from search.journal import Journal
 from search.lock import locked
 from search.problem import Problem, find
+from search.pruners import get_pruner
 from search.reserving import clear, release, reserve
 from search.samplers import get_sampler
 from search.stopping import Stopping
@@ -48,8 +49,10 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     watcher = watcher or Silent()
     problem = find(config.space)
     get_sampler(config.sampler)
+    get_pruner(config.pruner)
     start_method(config.start_method)
     slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
+    jobs.check_ends(config, slots)
     workspace = workspace_folder(config.workspace)
     asked = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     uri = publishing.anchored(asked) if asked else publishing.default_uri(workspace)
@@ -169,7 +172,9 @@ def drive(
         prepared["problem"],
         keep=folder / "guard",
         baseline=lambda: (journal.get("preflight") or {}).get("declaration"),
+        errors=config.stop_after_stale is not None,
     )
+    pruning = jobs.pruning(config, prepared, journal.space())
 
     def payload(trial: Trial, proposal: dict[str, Any] | None) -> dict[str, Any]:
         place = places.trial(folder, trial.number)
@@ -186,6 +191,7 @@ def drive(
             "log": str(place / "log.txt"),
             "deterministic": config.deterministic,
             "checkpoint_minutes": config.checkpoint_minutes,
+            "rungs": pruning.rungs(trial),
         }
 
     def confirm(history: Sequence[Trial]) -> list[Trial]:
@@ -205,7 +211,7 @@ def drive(
         most = None if config.max_disk is None else disk.parse_size(config.max_disk)
         keeper = keeping.Keeper(folder, journal, most)
         driver = Driver(
-            trials=config.trials,
+            ends=config.ends,
             seed=config.seed,
             direction=prepared["direction"],
             journal=journal,
@@ -216,6 +222,7 @@ def drive(
             discovery=discovery,
             on_preflight=on_preflight,
             confirm=confirm,
+            pruning=pruning,
             text=Problem(**prepared["problem"]).digest,
             watcher=watcher,
             supervisor=jobs.supervisor(config, executor),

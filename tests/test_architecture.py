@@ -20,9 +20,9 @@ LAYERS = (
     {"secrecy"},
     {"trial", "disk", "channel", "problem", "rows", "metrics", "chain", "journal_copy", "lock"},
     {"domain", "traces", "split", "ranks", "intervals", "ledger", "template", "publishing", "watcher", "finalists"},
-    {"journal_file", "usage", "retries", "surroundings", "supervision"},
+    {"journal_file", "usage", "retries", "surroundings", "supervision", "pruners", "ends"},
     {"space", "store", "leakage"},
-    {"data", "failing"},
+    {"data", "failing", "rungs"},
     {"history", "tracing", "declaration", "scoring"},
     {"fused", "checkpoints"},
     {"feeding", "few_errors"},
@@ -30,7 +30,7 @@ LAYERS = (
     {"publisher", "verdicts", "candidates", "places"},
     {"samplers", "executors", "keeping", "tracking", "registry", "training", "selection"},
     {"custom_metric", "preflight", "study", "devices", "slots", "discovery", "recording"},
-    {"attempt"},
+    {"attempt", "agenda"},
     {"driver"},
     {"judge", "worker", "stopping", "repairing", "lifecycle", "removing", "reserving"},
     {"jobs", "belief", "picture", "garbage"},
@@ -63,7 +63,7 @@ STDLIB_ONLY = {
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
     *("usage", "retries", "surroundings", "supervision", "recording", "slots", "discovery", "attempt"),
     *("lock", "stopping", "salvage", "repairing", "secrecy", "watcher"),
-    *("places", "disk", "keeping", "lifecycle", "garbage", "reserving"),
+    *("places", "disk", "keeping", "lifecycle", "garbage", "reserving", "pruners", "ends", "agenda"),
 }
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
