@@ -77,6 +77,9 @@ SLOW = {
     "sklearn": set(),
     "matplotlib": {"picture"},
     "pandas": set(),
+    "optuna": set(),
+    "cmaes": set(),
+    "torch": set(),
 }
 
 # Files of trial-side and tracking processes that get a slow import from another file's top.
