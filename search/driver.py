@@ -9,6 +9,7 @@ from typing import Any
 
 from search.attempt import Attempt, Judge, Verdict, alone, job_id
 from search.discovery import Discovery
+from search.enqueueing import unbegun
 from search.errors import SpaceError, StudyFailed, StudyStopped, TrialFailed, request_error
 from search.executors import Executor, Exited, Job, Lost, Message, Slot, Warned, died
 from search.journal import Journal
@@ -187,7 +188,8 @@ class Driver:
         """The next trial of the plan; None if there is none, or none yet."""
         if self._requeued:
             again = self._requeued.pop(0)
-            return dataclasses.replace(again, attempt=again.attempt + 1, reason=None, message=None, epochs=0)
+            attempt = again.attempt + (again.started is not None)  # one that was enqueued has had none
+            return dataclasses.replace(again, attempt=attempt, reason=None, message=None, epochs=0)
         if self._planned:
             return dataclasses.replace(self._planned.pop(0), number=number)
         trial = self._proposed(number)
@@ -311,6 +313,7 @@ class Driver:
         if self._found is not None and self._space is not None:
             self._on_preflight(self._found)
             self._found = None
+            self._requeued += unbegun(self._journal.history())
 
     def _failed(self, attempt: Attempt, is_counted: bool = True) -> None:
         """An attempt is over without a result: try again, or record that the trial failed."""
