@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from search.ends import Ends
+from search.enqueueing import unbegun
 from search.journal import Journal
 from search.samplers import Sampler, proposal_for
 from search.space import Space
@@ -43,6 +44,7 @@ class Agenda:
         self._ends, self._direction, self._confirm = ends, direction, confirm
         self._watcher, self._clock, self._since = watcher, clock, clock()
         self._requeued: list[Trial] = []
+        self._queued: list[Trial] = []  # configurations to try first, which have not run yet
         self._planned: list[Trial] = []
         self._starved: int | None = None  # length of the journal when nothing new could be proposed
         self.confirming = self.exhausted = False
@@ -51,9 +53,16 @@ class Agenda:
         """A trial that was running when its driver ended runs again, with its parameters, seed and number."""
         # As they were proposed: the history has what they had asked for by then, which may be less.
         proposed = {event.trial: event.body["params"] for event in self._journal.events() if event.kind == "trial"}
-        for trial in self._journal.history():
+        history = self._journal.history()
+        queued = {trial.number for trial in unbegun(history)}
+        for trial in history:
             if not trial.state.is_finished:
-                self._requeued.append(dataclasses.replace(trial, params=proposed[trial.number]))
+                line = self._queued if trial.number in queued else self._requeued
+                line.append(dataclasses.replace(trial, params=proposed[trial.number]))
+
+    def enqueued(self, trials: Sequence[Trial]) -> None:
+        """These are to be tried before anything is proposed."""
+        self._queued.extend(trials)
 
     def requeue(self, trial: Trial) -> None:
         """This trial runs again."""
@@ -61,28 +70,34 @@ class Agenda:
 
     @property
     def again(self) -> Trial | None:
-        """The next one, if it runs again."""
-        return self._requeued[0] if self._requeued else None
+        """The next one, if it runs again or is known otherwise."""
+        return next(iter(self._requeued or ([] if self.confirming else self._queued)), None)
 
     @property
     def number(self) -> int:
         """The next one's number."""
         # Not the number of trials: a journal that was repaired may lack one in the middle.
         history = self._journal.history()
-        return self._requeued[0].number if self._requeued else history[-1].number + 1 if history else 0
+        again = self.again
+        return again.number if again is not None else history[-1].number + 1 if history else 0
 
     def has_more(self) -> bool:
         """Whether anything is still to run, as far as is known now."""
-        searching = not self.confirming and not self.exhausted
-        return bool(self._requeued or self._planned) or (searching and self.end() is None)
+        if self._requeued or self._planned:
+            return True
+        searching = not self.confirming and (bool(self._queued) or not self.exhausted)
+        return searching and self.end() is None
 
     def end(self) -> str | None:
-        """The end of the search that is reached, see ``Ends.reached``."""
-        return self._ends.reached(self._journal.history(), self._direction, self._clock(), self._since)
+        """The end of the search that is reached, see ``Ends.reached``; what is queued is no trial yet."""
+        history = self._journal.history()
+        queued = {trial.number for trial in self._queued}
+        begun = [trial for trial in history if trial.number not in queued]
+        return self._ends.reached(begun, self._direction, self._clock(), self._since)
 
     def waits(self) -> bool:
         """Whether a running trial has to bring news before there is a next one."""
-        return not self._requeued and self._starved == self._journal.length
+        return self.again is None and self._starved == self._journal.length
 
     def plan_confirmations(self) -> None:
         """The search is over, and confirming begins."""
@@ -107,6 +122,8 @@ class Agenda:
             return dataclasses.replace(again, attempt=again.attempt + 1, reason=None, message=None, epochs=0)
         if self._planned:
             return dataclasses.replace(self._planned.pop(0), number=number)
+        if self._queued and not self.confirming:
+            return self._queued.pop(0)
         trial = self._proposed(number, space)
         if trial is None and not idle:  # what runs may yet ask for more, in its fit for instance
             self._starved = self._journal.length

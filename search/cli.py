@@ -65,6 +65,7 @@ def main(debug: bool) -> None:
     show_default=True,
     help="Open the sealed test rows at the end: auto only if no study has opened them.",
 )
+@options.prior
 @options.final
 @options.checkpoint_minutes
 @options.disk

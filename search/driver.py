@@ -11,6 +11,7 @@ from search.agenda import Agenda
 from search.attempt import Attempt, Judge, Verdict, alone, job_id
 from search.discovery import Discovery
 from search.ends import Ends
+from search.enqueueing import unbegun
 from search.errors import SpaceError, StudyFailed, StudyStopped, TrialFailed, request_error
 from search.executors import Executor, Exited, Job, Lost, Message, Slot, Warned, died
 from search.journal import Journal
@@ -287,6 +288,7 @@ class Driver:
         if self._found is not None and self._space is not None:
             self._on_preflight(self._found)
             self._found = None
+            self._agenda.enqueued(unbegun(self._journal.history()))
 
     def _failed(self, attempt: Attempt, is_counted: bool = True) -> None:
         """An attempt is over without a result: try again, or record that the trial failed."""

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from search.errors import RequestError
+from search.samplers import AUTO, SAMPLERS
 
 
 def workspace(command: Any) -> Any:
@@ -90,6 +91,23 @@ def final(command: Any) -> Any:
     )(command)
 
 
+def prior(command: Any) -> Any:
+    """What is known before the search."""
+    options = [
+        click.option("--enqueue", metavar="FILE", help="Configurations to try first: JSON, JSON lines or CSV."),
+        click.option(
+            "--warm-start",
+            multiple=True,
+            metavar="STUDY",
+            help="Try its best configurations first, and learn from its trials; may be repeated.",
+        ),
+        click.option("--warm-start-other-data", is_flag=True, help="Even if it had other rows or another split."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def checkpoint_minutes(command: Any) -> Any:
     """How long trials may be before one that runs again should not begin from zero."""
     return click.option(
@@ -124,7 +142,13 @@ def search_options(command: Any) -> Any:
     """What `launch` and `check` search, and with what."""
     options = [
         click.option("--trials", type=int, default=30, show_default=True, help="Trials, the baseline included."),
-        click.option("--sampler", default="tpe", show_default=True, help="How configurations are proposed."),
+        click.option(
+            "--sampler",
+            metavar="NAME",
+            default=AUTO,
+            show_default=True,
+            help=f"How configurations are proposed: {', '.join(SAMPLERS)}; auto takes what measured best.",
+        ),
         click.option(
             "--pruner",
             default="none",

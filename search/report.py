@@ -10,6 +10,8 @@ from typing import Any
 
 from search import belief, ends, keeping, metrics, places, publishing, scoring, verdicts
 from search.domain import Domain
+from search.enqueueing import source as enqueued_from
+from search.enqueueing import unbegun
 from search.errors import StudyError
 from search.ledger import times
 from search.scoring import disagreement_line
@@ -43,6 +45,7 @@ def report(study: Study) -> dict[str, Any]:
         "direction": meta.get("direction"),
         "proportion": _is_proportion(str(meta.get("objective")), preflight),
         "sampler": meta.get("config", {}).get("sampler"),
+        "warm_start": meta.get("warm_start") or [],
         "trials": {
             "complete": count[TrialState.COMPLETE],
             "pruned": count[TrialState.PRUNED],
@@ -120,6 +123,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         out.append("failures: " + _counted(found["failures"]))
     if found["retries"]:
         out.append("attempts that failed and were followed by another: " + _counted(found["retries"]))
+    out += [_warm_start(one) for one in found["warm_start"]]
     if found["best"] is None:
         return [*out, "no trial has completed yet"]
     shipped = found["winner"] or found["best"]
@@ -139,6 +143,13 @@ def lines(found: dict[str, Any]) -> list[str]:
         out.append(f"picture: {found['picture']}")
     out += [f"verdict: {name} ({verdicts.MEANING[name]})" for name in found["verdicts"]]
     return [*out, *textwrap.wrap(found["believe"], _WIDTH)]
+
+
+def _warm_start(one: dict[str, Any]) -> str:
+    head = f"warm start from study {one['study']} ({one['trials']} configurations)"
+    if not one["other_data"]:
+        return f"{head}: the same rows and split"
+    return f"{head}: other rows or another split, so the search carries knowledge of rows that may be test rows here"
 
 
 def _counted(kinds: dict[str, int]) -> str:
@@ -261,7 +272,8 @@ def status(study: Study) -> dict[str, Any]:
         trials = journal.history()
         kept = len(keeping.kept(trials, keeping.limit(journal)))
         deleted = len(keeping.kept(trials, None)) - kept
-    running = [trial.number for trial in trials if not trial.state.is_finished]
+    queued = unbegun(trials)
+    running = [trial.number for trial in trials if not trial.state.is_finished and trial not in queued]
     confirmed = sum(trial.confirms is not None and trial.state.is_finished for trial in trials)
     more = {"planned": planned, "running": running, "confirmed": confirmed, "kept": kept, "deleted": deleted}
     return report(study) | more
@@ -275,6 +287,8 @@ def status_line(found: dict[str, Any]) -> str:
     parts = [f"{found['study']}: {found['state'].lower()}, {done} of {found['planned']} trials"]
     parts += [f", {found['trials']['pruned']} pruned"] if found["trials"]["pruned"] else []
     parts += [f", {failed} failed"] if failed else []
+    parts += [f", sampler {found['sampler']}"]
+    parts += [f", warm start from {one['study']}{' (other data)' * one['other_data']}" for one in found["warm_start"]]
     parts += [f", {found['confirmed']} confirming trainings"] if found["confirmed"] else []
     parts += [f", {found['kept']} models kept"] if found["deleted"] else []
     if found["running"] and found["state"] == "RUNNING":
@@ -300,6 +314,7 @@ def show(study: Study, number: int) -> dict[str, Any]:
     log = places.trial(study.folder, number) / places.LOG
     return trial.to_json() | {
         "reports": [{"attempt": r.attempt, "step": r.step, "metrics": dict(r.metrics)} for r in reports],
+        "enqueued": enqueued_from(trial),
         "kept": trial.state is TrialState.COMPLETE and places.weights(study.folder, number).exists(),
         "log": log.read_text(errors="replace") if log.exists() else "",
     }
@@ -311,6 +326,8 @@ def trial_lines(found: dict[str, Any]) -> list[str]:
     out = [f"trial {found['number']}: {found['state']}{score}, seed {found['seed']}, attempt {found['attempt']}"]
     if found["confirms"] is not None:
         out.append(f"trains the configuration of trial {found['confirms']} again, with a seed of its own")
+    if found["enqueued"]:
+        out.append(f"enqueued: {found['enqueued']}")
     if found["reason"]:
         out.append(f"{found['reason']}: {found['message']}")
     if found["state"] == TrialState.PRUNED:

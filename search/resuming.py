@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from search import devices, disk, jobs, journal_file, places, publishing
+from search.enqueueing import unbegun
 from search.errors import DataError, RequestError, StudyError
 from search.executors import NO_GPU, Executor, Job
 from search.journal import Journal
 from search.ledger import times
 from search.lock import locked
 from search.problem import Problem, find
+from search.samplers import get_sampler
 from search.space import Space
 from search.stopping import Stopping
 from search.study import Study, StudyConfig, config_of
@@ -66,6 +68,7 @@ def resume(
     given: dict[str, Any] = {"evaluate": evaluate, "max_disk": max_disk, "timeout": timeout, "target": target}
     given |= {"stop_after_stale": stop_after_stale, "max_gpu_hours": max_gpu_hours}
     asked = dataclasses.replace(before, **{key: value for key, value in given.items() if value is not None})
+    get_sampler(asked.sampler)  # it may need a package that is not here
     recorded = Problem(**found.meta("prepared")["problem"])
     problem = _current(recorded, accept_changes, found.name, watcher)
     slots = devices.slots(asked.workers, asked.gpus, asked.trials_per_gpu, asked.gpus_per_trial)
@@ -151,8 +154,9 @@ def _see_it_goes_on(name: str, journal: Journal, plan: StudyConfig) -> None:
 
 def _say_what_is_left(journal: Journal, plan: StudyConfig, watcher: Watcher) -> None:
     history = journal.history()
-    again = [trial.number for trial in history if not trial.state.is_finished]
-    more = plan.trials - len(searched(history))
+    queued = unbegun(history)
+    again = [trial.number for trial in history if not trial.state.is_finished and trial not in queued]
+    more = plan.trials - len(searched(history)) + len(queued)
     parts = [f"trial{'s' if len(again) > 1 else ''} {', '.join(map(str, again))} run again"] if again else []
     parts += [f"{more} of {plan.trials} trials are still to come"] if more > 0 else []
     if parts:

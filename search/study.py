@@ -20,6 +20,7 @@ from search.finalists import SEEDS, Confirmation, confirmation
 from search.journal import Journal
 from search.keeping import KEEP
 from search.lock import driver_of
+from search.samplers import AUTO, default_for
 from search.space import Space
 from search.trial import Trial, best
 
@@ -36,7 +37,10 @@ class StudyConfig:
     Attributes:
         space: Path, dotted name, or short name of the space module.
         trials: Trials in all, the baseline included.
-        sampler: Name in ``samplers.SAMPLERS``.
+        sampler: Name in ``samplers.SAMPLERS``; ``"auto"`` becomes the one that measured best for so many trials.
+        enqueue: File of configurations to try first, or None.
+        warm_start: Names of studies whose best configurations are tried first, and whose history samplers learn from.
+        warm_start_other_data: Allows studies of other rows, or of another split; marks this study for it.
         pruner: Name in ``pruners.PRUNERS``.
         grace: Epochs that every trial gets before the pruner may stop it; None for a tenth of what trials have.
         timeout: Seconds of trials running, in all launches and resumes, after which no further one begins; or None.
@@ -76,7 +80,10 @@ class StudyConfig:
 
     space: str
     trials: int = 30
-    sampler: str = "tpe"
+    sampler: str = AUTO
+    enqueue: str | None = None
+    warm_start: Sequence[str] = ()
+    warm_start_other_data: bool = False
     pruner: str = "none"
     grace: int | None = None
     timeout: float | None = None
@@ -149,6 +156,14 @@ class StudyConfig:
                 f"--final must be retrain, but got {self.final!r}; a model trained on every row is written by "
                 "`heldout export STUDY --out DIR --final all`, since nothing is left to test it"
             )
+        if self.sampler == AUTO:
+            object.__setattr__(self, "sampler", default_for(self.trials))
+        if self.enqueue is not None:
+            object.__setattr__(self, "enqueue", os.fspath(self.enqueue))
+        given = (self.warm_start,) if isinstance(self.warm_start, str) else tuple(dict.fromkeys(self.warm_start))
+        object.__setattr__(self, "warm_start", given)
+        if self.warm_start_other_data and not given:
+            raise RequestError("--warm-start-other-data goes with --warm-start STUDY, but there is none; leave it out")
         object.__setattr__(self, "env", secrecy.check_variables(self.env))
         if self.max_disk is not None and disk.parse_size(self.max_disk, "--max-disk") <= 0:
             raise RequestError(f"--max-disk must be above 0, but got {self.max_disk!r}")
@@ -166,7 +181,8 @@ class StudyConfig:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object for journal and MLflow."""
-        return dataclasses.asdict(self) | {"tags": dict(self.tags), "env": list(self.env)}
+        lists = {"env": list(self.env), "warm_start": list(self.warm_start)}
+        return dataclasses.asdict(self) | {"tags": dict(self.tags)} | lists
 
 
 def config_of(journal: Journal) -> StudyConfig:

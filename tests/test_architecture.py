@@ -26,11 +26,13 @@ LAYERS = (
     {"history", "tracing", "declaration", "scoring"},
     {"fused", "checkpoints"},
     {"feeding", "few_errors"},
-    {"journal", "runs", "statistics", "salvage"},
+    {"journal", "statistics", "salvage"},
+    {"enqueueing"},
+    {"runs"},
     {"publisher", "verdicts", "candidates", "places"},
     {"samplers", "executors", "keeping", "tracking", "registry", "training", "selection"},
     {"custom_metric", "preflight", "study", "devices", "slots", "discovery", "recording"},
-    {"attempt", "agenda"},
+    {"attempt", "agenda", "warm_start"},
     {"driver"},
     {"judge", "worker", "stopping", "repairing", "lifecycle", "removing", "reserving"},
     {"jobs", "belief", "picture", "garbage"},
@@ -62,7 +64,7 @@ STDLIB_ONLY = {
     *("errors", "trial", "space", "domain", "traces", "history", "journal", "journal_file", "journal_copy", "driver"),
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
     *("usage", "retries", "surroundings", "supervision", "recording", "slots", "discovery", "attempt"),
-    *("lock", "stopping", "salvage", "repairing", "secrecy", "watcher"),
+    *("enqueueing", "warm_start", "lock", "stopping", "salvage", "repairing", "secrecy", "watcher"),
     *("places", "disk", "keeping", "lifecycle", "garbage", "reserving", "pruners", "ends", "agenda"),
 }
 
@@ -77,6 +79,9 @@ SLOW = {
     "sklearn": set(),
     "matplotlib": {"picture"},
     "pandas": set(),
+    "optuna": set(),
+    "cmaes": set(),
+    "torch": set(),
 }
 
 # Files of trial-side and tracking processes that get a slow import from another file's top.
