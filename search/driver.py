@@ -188,7 +188,7 @@ class Driver:
         """The next trial of the plan; None if there is none, or none yet."""
         if self._requeued:
             again = self._requeued.pop(0)
-            attempt = again.attempt + (again.started is not None)  # one that was enqueued has had none
+            attempt = again.attempt + (not unbegun([again]))
             return dataclasses.replace(again, attempt=attempt, reason=None, message=None, epochs=0)
         if self._planned:
             return dataclasses.replace(self._planned.pop(0), number=number)
