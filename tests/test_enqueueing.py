@@ -251,6 +251,7 @@ def test_a_baseline_that_runs_again_meanwhile_is_not_enqueued_twice(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_enqueued_configurations_survive_a_killed_driver(tmp_path: Path, heldout: Heldout) -> None:
     space = write_space(tmp_path)
     file = tmp_path / "first.json"
@@ -273,6 +274,7 @@ def test_enqueued_configurations_survive_a_killed_driver(tmp_path: Path, heldout
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_file_that_does_not_fit_leaves_no_study_behind(tmp_path: Path, heldout: Heldout) -> None:
     space = write_space(tmp_path)
     (tmp_path / "first.csv").write_text("layers,rate\n2,0.001\n2,7\n")
