@@ -182,6 +182,17 @@ def test_params_that_the_space_has_outgrown_are_no_obstacle(sampler: Sampler) ->
     check(space, sampler.ask([*history, trial(30, odd, 0.0), trial(31, {}, 0.0)], space, 0))
 
 
+def test_trials_of_another_study_and_memos_of_others_are_no_obstacle(sampler: Sampler) -> None:
+    space = SPACES["conditional"]
+    earlier = [dataclasses.replace(t, number=t.number - 40) for t in history_of(space, 40)]
+    enqueued = [dataclasses.replace(t, memo={"enqueued": "a.json, entry 1"}) for t in history_of(space, 6)]
+    for own in ([], enqueued[:1], enqueued):
+        check(space, sampler.ask([*earlier, *own], space, 0))
+        proposal = propose(sampler, [*earlier, *own], space, 0)
+        assert proposal is not None
+        assert space.signature(proposal.params) not in {space.signature(t.params) for t in own}
+
+
 def run(sampler: Sampler, space: Space, count: int, seed: int = 0) -> list[Trial]:
     history: list[Trial] = []
     for number in range(count):

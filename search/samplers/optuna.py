@@ -66,13 +66,13 @@ class OptunaTPESampler:
             def choose(parameter: Parameter) -> Value:
                 if parameter.domain.count == 1:
                     return parameter.domain.value(0.0)
-                return _decoded(parameter, asked._suggest(parameter.key, domains[parameter.key]))
+                return _decoded(parameter, _asked(optuna, asked, parameter.key, domains[parameter.key]))
 
             params = space.walk(choose)
             return Proposal(params, self._memo(storage, number, history))
 
     def _sampler(self, optuna: Any, seed: int) -> Any:
-        return optuna.samplers.TPESampler(seed=seed)
+        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
 
     def _recall(self, study: Any, storage: Any, number: int, history: Sequence[Trial]) -> None:
         """Restore what a study of Optuna's keeps beside its trials."""
@@ -178,6 +178,16 @@ def _distribution(optuna: Any, parameter: Parameter) -> Any:
         kind = distributions.IntDistribution if domain.kind == "int" else distributions.FloatDistribution
         return kind(domain.low, domain.high, log=domain.sampling == "log")
     return distributions.IntDistribution(0, (domain.count or 1) - 1)
+
+
+def _asked(optuna: Any, trial: Any, key: str, domain: Any) -> Any:
+    """Optuna's value for a parameter of the trial that it was asked for."""
+    distributions = optuna.distributions
+    if isinstance(domain, distributions.CategoricalDistribution):
+        return trial.suggest_categorical(key, domain.choices)
+    if isinstance(domain, distributions.IntDistribution):
+        return trial.suggest_int(key, domain.low, domain.high, log=domain.log)
+    return trial.suggest_float(key, domain.low, domain.high, log=domain.log)
 
 
 def _encoded(parameter: Parameter, value: Value) -> Any:
