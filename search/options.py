@@ -118,6 +118,26 @@ def checkpoint_minutes(command: Any) -> Any:
     )(command)
 
 
+def ends(command: Any) -> Any:
+    """What ends a search before its number of trials; they may be extended on resume."""
+    options = [
+        click.option(
+            "--timeout", type=float, metavar="SECONDS", help="Begin no trial once trials have run for so long."
+        ),
+        click.option(
+            "--stop-after-stale",
+            type=int,
+            metavar="N",
+            help="Nor after N trials in a row without a gain above one standard error.",
+        ),
+        click.option("--max-gpu-hours", type=float, metavar="H", help="Nor after so many hours of GPUs."),
+        click.option("--target", type=float, metavar="SCORE", help="Nor once a validation score has reached it."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def search_options(command: Any) -> Any:
     """What `launch` and `check` search, and with what."""
     options = [
@@ -129,6 +149,14 @@ def search_options(command: Any) -> Any:
             show_default=True,
             help=f"How configurations are proposed: {', '.join(SAMPLERS)}; auto takes what measured best.",
         ),
+        click.option(
+            "--pruner",
+            default="none",
+            show_default=True,
+            help="How weak trials are stopped early: asha gives many configurations a few epochs and the best ones "
+            "many (coarse to fine), median stops what is worse than half of the others, none stops none.",
+        ),
+        click.option("--grace", type=int, metavar="N", help="Epochs before a trial may be stopped [a tenth]."),
         click.option("--workers", type=int, help="Trials at a time on CPUs [one per core]."),
         click.option("--gpus", metavar="auto|none|0,1", help="GPUs to use [auto]."),
         click.option("--trials-per-gpu", type=int, metavar="K", help="Trials that share a GPU."),
@@ -174,4 +202,4 @@ def search_options(command: Any) -> Any:
     ]
     for option in reversed(options):
         command = option(command)
-    return workspace(command)
+    return workspace(ends(command))

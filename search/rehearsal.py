@@ -17,6 +17,7 @@ from search.errors import SpaceError
 from search.executors import NO_GPU, Job
 from search.judge import check_tiers
 from search.problem import DEFAULT_EPOCHS, find
+from search.pruners import get_pruner
 from search.samplers import check_space, get_sampler
 from search.space import Ask, Space
 from search.study import StudyConfig, make_workspace, workspace_folder
@@ -44,7 +45,9 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
     watcher = watcher or Silent()
     problem = find(config.space)
     chosen = get_sampler(config.sampler)
+    get_pruner(config.pruner)
     slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
+    jobs.check_ends(config, slots)
     workspace = workspace_folder(config.workspace)
     make_workspace(workspace)
     with tempfile.TemporaryDirectory(prefix="heldout-check-") as scratch:

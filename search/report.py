@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from search import belief, keeping, metrics, places, publishing, scoring, verdicts
+from search import belief, ends, keeping, metrics, places, publishing, scoring, verdicts
 from search.domain import Domain
 from search.enqueueing import source as enqueued_from
 from search.enqueueing import unbegun
 from search.errors import StudyError
 from search.ledger import times
 from search.scoring import disagreement_line
-from search.study import Study
+from search.study import Study, StudyConfig, config_of
 from search.trial import Trial, TrialState, best, searched
 
 PICTURE = "guard.png"
@@ -30,7 +30,7 @@ def report(study: Study) -> dict[str, Any]:
         selection = journal.get("selection") or {}
         evaluation = journal.get("evaluation") or {}
         preflight = journal.get("preflight")
-        ended = journal.get("ended")
+        ended, plan = journal.get("ended"), config_of(journal) if meta else None
     count = {state: sum(t.state is state for t in searched(trials)) for state in TrialState}
     failures = Counter(trial.reason for trial in trials if trial.state is TrialState.FAILED)
     retries: Counter[str] = sum((Counter(trial.retries) for trial in trials), Counter())
@@ -40,6 +40,7 @@ def report(study: Study) -> dict[str, Any]:
         "study": study.name,
         "state": study.state,
         "ended": ended,
+        "because": _because(plan, ended, len(searched(trials))),
         "objective": meta.get("objective"),
         "direction": meta.get("direction"),
         "proportion": _is_proportion(str(meta.get("objective")), preflight),
@@ -67,22 +68,18 @@ def report(study: Study) -> dict[str, Any]:
         "picture": str(picture) if picture.exists() else None,
         "data": meta.get("data"),
         "tracking": {key: tracking.get(key) for key in ("uri", "experiment_id", "run_id")},
-        "seconds": _busy(trials),
+        "seconds": ends.busy(trials),
     }
     return found | {"believe": belief.paragraph(found)}
 
 
+def _because(plan: StudyConfig | None, ended: str | None, trials: int) -> str | None:
+    """Why the search has ended before all its trials, in words."""
+    return None if plan is None else plan.ends.because(ended, trials)
+
+
 def _is_proportion(objective: str, preflight: dict[str, Any] | None) -> bool:
     return preflight is not None and scoring.resolve(objective, preflight["declaration"]).kind in metrics.PROPORTIONS
-
-
-def _busy(trials: Sequence[Trial]) -> float:
-    """Seconds in which at least one trial ran; a pause before a resume does not count."""
-    total, until = 0.0, 0.0
-    for begin, end in sorted((t.started, t.ended) for t in trials if t.started is not None and t.ended is not None):
-        total += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return total
 
 
 def _described(trial: Trial | None) -> dict[str, Any] | None:
@@ -121,6 +118,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     counts = found["trials"]
     head = f"study {name}: {counts['complete']} trials complete, {counts['pruned']} pruned, {counts['failed']} failed"
     out = [f"{head}, in {found['seconds']:.0f} s ({str(found['state']).lower()})"]
+    out += [found["because"]] if found["because"] else []
     if found["failures"]:
         out.append("failures: " + _counted(found["failures"]))
     if found["retries"]:
@@ -287,6 +285,7 @@ def status_line(found: dict[str, Any]) -> str:
         return f"{found['study']}: {found['state'].lower()}, nothing recorded yet"
     best_, failed, done = found["best"], found["trials"]["failed"], sum(found["trials"].values())
     parts = [f"{found['study']}: {found['state'].lower()}, {done} of {found['planned']} trials"]
+    parts += [f", {found['trials']['pruned']} pruned"] if found["trials"]["pruned"] else []
     parts += [f", {failed} failed"] if failed else []
     parts += [f", sampler {found['sampler']}"]
     parts += [f", warm start from {one['study']}{' (other data)' * one['other_data']}" for one in found["warm_start"]]
@@ -295,6 +294,7 @@ def status_line(found: dict[str, Any]) -> str:
     if found["running"] and found["state"] == "RUNNING":
         plural = "" if len(found["running"]) == 1 else "s"
         parts.append(f", now at trial{plural} {', '.join(map(str, found['running']))}")
+    parts += [f", {found['because']}"] if found["because"] else []
     shown = "none yet" if best_ is None else f"{number(best_['validation'])} (trial {best_['trial']})"
     return "".join(parts) + f"; best {found['objective']} {shown}"
 
@@ -330,6 +330,8 @@ def trial_lines(found: dict[str, Any]) -> list[str]:
         out.append(f"enqueued: {found['enqueued']}")
     if found["reason"]:
         out.append(f"{found['reason']}: {found['message']}")
+    if found["state"] == TrialState.PRUNED:
+        out.append(f"stopped early by the pruner, after {found['epochs']} epochs; the score is Keras' best until then")
     if found["state"] == TrialState.COMPLETE:
         out.append("its model is kept" if found["kept"] else "its model was not kept: others scored better (--keep)")
     out += [f"    {key} = {value}" for key, value in found["params"].items()]

@@ -18,9 +18,11 @@ from search.executors.local import LocalExecutor, start_method
 from search.journal import Journal
 from search.lock import locked
 from search.problem import Problem, find
+from search.pruners import get_pruner
+from search.reserving import clear, release, reserve
 from search.samplers import check_space, get_sampler
 from search.stopping import Stopping
-from search.study import Study, StudyConfig, config_of, make_workspace, release, reserve, workspace_folder, workspace_id
+from search.study import Study, StudyConfig, config_of, make_workspace, workspace_folder, workspace_id
 from search.surroundings import FINISH, Calm
 from search.trial import Trial, searched
 from search.watcher import Silent, Watcher
@@ -49,8 +51,10 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     chosen = get_sampler(config.sampler)
     asked_first = enqueueing.read(config.enqueue)
     enqueueing.check_room(config.trials, asked_first, config.enqueue)
+    get_pruner(config.pruner)
     start_method(config.start_method)
     slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
+    jobs.check_ends(config, slots)
     workspace = workspace_folder(config.workspace)
     earlier_studies = warm_start.studies(config, workspace)
     asked = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
@@ -59,13 +63,16 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     make_workspace(workspace)
     publishing.check_uri(uri)
     folder = reserve(workspace, config.study, problem.name)
-    began = False
+    began = mine = False
     try:
-        with (
-            locked(folder) as hold,
-            Stopping(folder) as stopping,
-            jobs.start_executor(slots, problem, folder, config.start_method, config.env, (hold,)) as executor,
-        ):
+        with contextlib.ExitStack() as held_open:
+            hold = held_open.enter_context(locked(folder))
+            clear(folder)
+            mine = True
+            stopping = held_open.enter_context(Stopping(folder))
+            executor = held_open.enter_context(
+                jobs.start_executor(slots, problem, folder, config.start_method, config.env, (hold,))
+            )
             if held := [name for name in secrecy.withheld(os.environ) if name in problem.source]:
                 watcher.say(
                     f"{', '.join(held)} may be secrets, so trials are not given them; --env {held[0]} hands one over"
@@ -115,7 +122,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
             finally:
                 journal.close()
     except BaseException as error:
-        if not began:
+        if mine and not began:
             release(folder)
         if isinstance(error, ExecutorError) and not began:
             raise RequestError(str(error)) from None
@@ -179,7 +186,9 @@ def drive(
         prepared["problem"],
         keep=folder / "guard",
         baseline=lambda: (journal.get("preflight") or {}).get("declaration"),
+        errors=config.stop_after_stale is not None,
     )
+    pruning = jobs.pruning(config, prepared, journal.space())
 
     def payload(trial: Trial, proposal: dict[str, Any] | None) -> dict[str, Any]:
         place = places.trial(folder, trial.number)
@@ -196,6 +205,7 @@ def drive(
             "log": str(place / "log.txt"),
             "deterministic": config.deterministic,
             "checkpoint_minutes": config.checkpoint_minutes,
+            "rungs": pruning.rungs(trial),
         }
 
     def confirm(history: Sequence[Trial]) -> list[Trial]:
@@ -215,7 +225,7 @@ def drive(
         most = None if config.max_disk is None else disk.parse_size(config.max_disk)
         keeper = keeping.Keeper(folder, journal, most)
         driver = Driver(
-            trials=config.trials,
+            ends=config.ends,
             seed=config.seed,
             direction=prepared["direction"],
             journal=journal,
@@ -226,6 +236,7 @@ def drive(
             discovery=discovery,
             on_preflight=on_preflight,
             confirm=confirm,
+            pruning=pruning,
             text=Problem(**prepared["problem"]).digest,
             watcher=watcher,
             supervisor=jobs.supervisor(config, executor),

@@ -20,9 +20,9 @@ LAYERS = (
     {"secrecy"},
     {"trial", "disk", "channel", "problem", "rows", "metrics", "chain", "journal_copy", "lock"},
     {"domain", "traces", "split", "ranks", "intervals", "ledger", "template", "publishing", "watcher", "finalists"},
-    {"journal_file", "usage", "retries", "surroundings", "supervision"},
+    {"journal_file", "usage", "retries", "surroundings", "supervision", "pruners", "ends"},
     {"space", "store", "leakage"},
-    {"data", "failing"},
+    {"data", "failing", "rungs"},
     {"history", "tracing", "declaration", "scoring"},
     {"fused", "checkpoints"},
     {"feeding", "few_errors"},
@@ -32,9 +32,9 @@ LAYERS = (
     {"publisher", "verdicts", "candidates", "places"},
     {"samplers", "executors", "keeping", "tracking", "registry", "training", "selection"},
     {"custom_metric", "preflight", "study", "devices", "slots", "discovery", "recording"},
-    {"attempt", "warm_start"},
+    {"attempt", "agenda", "warm_start"},
     {"driver"},
-    {"judge", "worker", "stopping", "repairing", "lifecycle", "removing"},
+    {"judge", "worker", "stopping", "repairing", "lifecycle", "removing", "reserving"},
     {"jobs", "belief", "picture", "garbage"},
     {"report"},
     {"final", "winner"},
@@ -65,7 +65,7 @@ STDLIB_ONLY = {
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
     *("usage", "retries", "surroundings", "supervision", "recording", "slots", "discovery", "attempt"),
     *("enqueueing", "warm_start", "lock", "stopping", "salvage", "repairing", "secrecy", "watcher"),
-    *("places", "disk", "keeping", "lifecycle", "garbage"),
+    *("places", "disk", "keeping", "lifecycle", "garbage", "reserving", "pruners", "ends", "agenda"),
 }
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.

@@ -36,7 +36,7 @@ with warnings.catch_warnings():
     from search import publisher
     from search.publisher import Publisher
 
-from tests.tracked import Counting, Driver, Tracked, free_port, study
+from tests.tracked import Counting, Driver, Tracked, free_port, study, until
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:::(mlflow|sqlalchemy|alembic|google|pydantic)")
@@ -523,15 +523,6 @@ class TestTrouble:
 
 
 # ---- the process
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError("waited in vain")
 
 
 class TestProcess:
