@@ -519,6 +519,21 @@ def run_from(sampler: Sampler, space: Space, history: Sequence[Trial], count: in
 
 
 @NEEDS_OPTUNA
+def test_optunas_tpe_takes_pruned_trials_at_the_step_they_reached() -> None:
+    sampler, space = get_sampler("optuna-tpe"), flat(x=Domain("float", 0, 1))
+    rng = random.Random(0)
+    history = []
+    for n in range(40):  # those near 0.8 went furthest
+        x = rng.random()
+        epochs = 9 if abs(x - 0.8) < 0.1 else 1
+        history.append(dataclasses.replace(trial(n, {"x": x}, state=State.PRUNED), loss=1.0, epochs=epochs))
+    alike = [dataclasses.replace(t, epochs=1) for t in history]
+    drawn = [[float(sampler.ask(h, space, s).params["x"]) for s in range(40)] for h in (history, alike)]
+    near = [sum(abs(x - 0.8) < 0.2 for x in one) for one in drawn]
+    assert near[0] > near[1] + 5, near
+
+
+@NEEDS_OPTUNA
 def test_the_genetic_sampler_descends_from_the_parents_in_its_memo() -> None:
     sampler = get_sampler("optuna-nsga2")
     space = flat(**{f"x{number}": Domain("float", -5, 5) for number in range(5)})
