@@ -196,7 +196,9 @@ def _rescaled(theirs: Sequence[_Known], history: Sequence[Trial], space: Space) 
     both = [
         (there[signature], trial.loss)
         for trial in history
-        if trial.loss is not None and (signature := space.signature(trial.params)) in there
+        if trial.state is TrialState.COMPLETE
+        and trial.loss is not None
+        and (signature := space.signature(trial.params)) in there
     ]
     if not both:  # nothing to compare by yet
         return list(theirs)

@@ -182,6 +182,17 @@ def test_params_that_the_space_has_outgrown_are_no_obstacle(sampler: Sampler) ->
     check(space, sampler.ask([*history, trial(30, odd, 0.0), trial(31, {}, 0.0)], space, 0))
 
 
+def test_trials_of_another_study_and_memos_of_others_are_no_obstacle(sampler: Sampler) -> None:
+    space = SPACES["conditional"]
+    earlier = [dataclasses.replace(t, number=t.number - 40) for t in history_of(space, 40)]
+    enqueued = [dataclasses.replace(t, memo={"enqueued": "a.json, entry 1"}) for t in history_of(space, 6)]
+    for own in ([], enqueued[:1], enqueued):
+        check(space, sampler.ask([*earlier, *own], space, 0))
+        proposal = propose(sampler, [*earlier, *own], space, 0)
+        assert proposal is not None
+        assert space.signature(proposal.params) not in {space.signature(t.params) for t in own}
+
+
 def run(sampler: Sampler, space: Space, count: int, seed: int = 0) -> list[Trial]:
     history: list[Trial] = []
     for number in range(count):
@@ -505,6 +516,21 @@ def run_from(sampler: Sampler, space: Space, history: Sequence[Trial], count: in
         done = trial(number, proposal.params, loss_of(proposal.params))
         out.append(dataclasses.replace(done, memo=proposal.memo))
     return out
+
+
+@NEEDS_OPTUNA
+def test_optunas_tpe_takes_pruned_trials_at_the_step_they_reached() -> None:
+    sampler, space = get_sampler("optuna-tpe"), flat(x=Domain("float", 0, 1))
+    rng = random.Random(0)
+    history = []
+    for n in range(40):  # those near 0.8 went furthest
+        x = rng.random()
+        epochs = 9 if abs(x - 0.8) < 0.1 else 1
+        history.append(dataclasses.replace(trial(n, {"x": x}, state=State.PRUNED), loss=1.0, epochs=epochs))
+    alike = [dataclasses.replace(t, epochs=1) for t in history]
+    drawn = [[float(sampler.ask(h, space, s).params["x"]) for s in range(40)] for h in (history, alike)]
+    near = [sum(abs(x - 0.8) < 0.2 for x in one) for one in drawn]
+    assert near[0] > near[1] + 5, near
 
 
 @NEEDS_OPTUNA

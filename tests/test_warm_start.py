@@ -154,6 +154,7 @@ def told(other_data: bool) -> dict[str, Any]:
         "failures": {},
         "retries": {},
         "seconds": 1.0,
+        "because": None,
         "warm_start": [{"study": "old", "other_data": other_data, "trials": 12}],
     }
 

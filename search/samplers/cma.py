@@ -91,7 +91,9 @@ def _tell(optimizer: Any, trials: Sequence[Trial], dimensions: Sequence[Paramete
 def _badness(trial: Trial) -> tuple[int, float, int]:
     if trial.state is TrialState.COMPLETE and trial.loss is not None:
         return 0, trial.loss, trial.number
-    return (1 if trial.state is TrialState.PRUNED else 2), -trial.epochs, trial.number
+    if trial.state is TrialState.PRUNED:
+        return 1, -trial.epochs, trial.number  # the later it was stopped, the better it was
+    return 2, 0.0, trial.number
 
 
 def _place(trial: Trial, dimensions: Sequence[Parameter]) -> list[float]:

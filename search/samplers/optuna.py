@@ -2,8 +2,9 @@
 
 They come with ``pip install 'heldout[optuna]'``. Nothing of Optuna's is stored: the genetic sampler's
 generations and parents, which the values of parameters do not tell, are in the memo as plain numbers.
-Trials that failed or were pruned count as complete with the worst loss, so that all three avoid them;
-Optuna by itself forgets them. A parameter that a configuration may lack is drawn on its own.
+Trials that failed count as complete with the worst loss, so that all three avoid them; Optuna by itself forgets
+them. So do pruned ones, but to TPE, which knows what to make of the step that they reached. A parameter that a
+configuration may lack is drawn on its own.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class OptunaTPESampler:
 
     name = "optuna-tpe"
     _needs: tuple[str, ...] = ("optuna",)
+    _takes_pruned = True
 
     def __init__(self) -> None:
         needs(self.name, *self._needs)
@@ -66,13 +68,13 @@ class OptunaTPESampler:
             def choose(parameter: Parameter) -> Value:
                 if parameter.domain.count == 1:
                     return parameter.domain.value(0.0)
-                return _decoded(parameter, asked._suggest(parameter.key, domains[parameter.key]))
+                return _decoded(parameter, _asked(optuna, asked, parameter.key, domains[parameter.key]))
 
             params = space.walk(choose)
             return Proposal(params, self._memo(storage, number, history))
 
     def _sampler(self, optuna: Any, seed: int) -> Any:
-        return optuna.samplers.TPESampler(seed=seed)
+        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
 
     def _recall(self, study: Any, storage: Any, number: int, history: Sequence[Trial]) -> None:
         """Restore what a study of Optuna's keeps beside its trials."""
@@ -97,9 +99,13 @@ class OptunaTPESampler:
             for key, value in trial.params.items():
                 if key in domains and space.parameters[key].domain.contains(value):
                     params[key] = _encoded(space.parameters[key], value)
-            state, loss = states.COMPLETE, None
+            state, loss, steps = states.COMPLETE, None, {}
             if _has_loss(trial) and trial.loss is not None:
                 loss = max(-_LARGEST, min(trial.loss, _LARGEST))
+            elif trial.state is TrialState.PRUNED and self._takes_pruned:
+                state = states.PRUNED
+                if trial.loss is not None and trial.epochs:
+                    steps = {trial.epochs: trial.loss}
             elif trial.state.is_finished and losses:
                 loss = max(losses)
             else:
@@ -111,6 +117,7 @@ class OptunaTPESampler:
                     params=params,
                     distributions={key: domains[key] for key in params},
                     system_attrs=self._attributes(trial),
+                    intermediate_values=steps,
                 )
             )
         return frozen
@@ -121,6 +128,7 @@ class OptunaGPSampler(OptunaTPESampler):
 
     name = "optuna-gp"
     _needs = ("optuna", "torch")
+    _takes_pruned = False
 
     def _sampler(self, optuna: Any, seed: int) -> Any:
         return optuna.samplers.GPSampler(seed=seed)
@@ -130,6 +138,7 @@ class OptunaNSGA2Sampler(OptunaTPESampler):
     """Optuna's genetic sampler. Memo: ``generation``, and ``parents`` (trials that it descends from)."""
 
     name = "optuna-nsga2"
+    _takes_pruned = False
 
     def _sampler(self, optuna: Any, seed: int) -> Any:
         return optuna.samplers.NSGAIISampler(seed=seed)
@@ -178,6 +187,16 @@ def _distribution(optuna: Any, parameter: Parameter) -> Any:
         kind = distributions.IntDistribution if domain.kind == "int" else distributions.FloatDistribution
         return kind(domain.low, domain.high, log=domain.sampling == "log")
     return distributions.IntDistribution(0, (domain.count or 1) - 1)
+
+
+def _asked(optuna: Any, trial: Any, key: str, domain: Any) -> Any:
+    """Optuna's value for a parameter of the trial that it was asked for."""
+    distributions = optuna.distributions
+    if isinstance(domain, distributions.CategoricalDistribution):
+        return trial.suggest_categorical(key, domain.choices)
+    if isinstance(domain, distributions.IntDistribution):
+        return trial.suggest_int(key, domain.low, domain.high, log=domain.log)
+    return trial.suggest_float(key, domain.low, domain.high, log=domain.log)
 
 
 def _encoded(parameter: Parameter, value: Value) -> Any:
