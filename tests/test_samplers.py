@@ -8,6 +8,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from search.errors import RequestError
 from search.samplers import SAMPLERS, Proposal, Sampler, check_space, default_for, get_sampler, propose
 from search.space import Parameter, Space
 from search.trial import Trial, TrialState, Value
+from tests.conftest import run_heldout
+from tests.tiny import write_space
 
 State = TrialState
 Build = Callable[[Callable[..., Any]], Any]
@@ -450,6 +453,17 @@ def test_grid_refuses_a_continuous_parameter_by_name() -> None:
     check_space(get_sampler("random"), SPACES["mixed"])
     with pytest.raises(RequestError, match=r"'rate' is float 1e-05..1.0 on a log scale; give it a step="):
         check_space(get_sampler("grid"), SPACES["mixed"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_launch_with_a_grid_over_a_continuous_parameter_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    space = write_space(tmp_path)
+    for command in ("launch", "check"):
+        ran = run_heldout(command, space, "--sampler", "grid", "--workspace", str(tmp_path / "ws"))
+        assert ran.returncode == 2
+        assert "the sampler grid needs a finite number of values for every parameter, but 'rate' is" in ran.stderr
+        assert not list((tmp_path / "ws" / "studies").iterdir())
 
 
 # Samplers whose state is in the memo.

@@ -17,6 +17,7 @@ from search.space import Parameter, Space
 from search.trial import Trial, TrialState, Value
 
 _LARGEST = 1e150  # beyond, sums of squares overflow
+_PRIOR = 100  # trials of other studies; its cost grows with the cube of their number
 
 
 class BayesianOracleSampler:
@@ -34,7 +35,9 @@ class BayesianOracleSampler:
         complete = [t for t in history if _loss(t) is not None]
         if not searched or len(complete) < max(3 * len(searched), 3):  # the oracle's own rule, without its import
             return Proposal(space.sample(random.Random(seed)))
-        place = _suggested([t for t in history if _loss(t) is not None or not t.state.is_finished], searched, seed)
+        elsewhere = [t for t in complete if t.number < 0]
+        ours = [t for t in history if t.number >= 0 and (_loss(t) is not None or not t.state.is_finished)]
+        place = _suggested([*elsewhere[:: -(-len(elsewhere) // _PRIOR) or 1], *ours], searched, seed)
 
         def choose(parameter: Parameter) -> Value:
             return parameter.domain.value(place.get(parameter.key, 0.0))
