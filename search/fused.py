@@ -98,23 +98,21 @@ def _build(model: keras.Model, data: Sequence[Any]) -> None:
     """Make every variable that training needs.
 
     ``fit`` would make them from its data, which is a permutation here; and variables that appear while a function is
-    traced make TensorFlow trace it twice.
+    traced make TensorFlow trace it twice. Loss and metrics go through a graph that is thrown away: the first run of
+    each operation outside of a graph costs a millisecond, and there are dozens.
     """
+    import tensorflow as tf
+
     x, *rest = keras.tree.map_structure(lambda part: part[:1], tuple(data))
-    predicted = _predicted(model, x)
-    model.compute_loss(x, rest[0], predicted)
-    model.compute_metrics(x, rest[0], predicted)
-    model.reset_metrics()
-    model.optimizer.build(model.trainable_variables)
-
-
-def _predicted(model: keras.Model, x: Any) -> Any:
-    """Something of the shape of a prediction for one row; zeros, where the shape is known without running the model."""
     known = ends(model)
-    shapes = [part.shape[1:] for part in keras.tree.flatten(known[1])] if known is not None else [(None,)]
-    if known is None or any(None in shape for shape in shapes):
-        return model(x, training=False)
-    return keras.tree.map_structure(lambda part: keras.ops.zeros((1, *part.shape[1:]), part.dtype), known[1])
+    outputs = known[1] if known is not None else None
+    if known is None or any(None in part.shape[1:] for part in keras.tree.flatten(outputs)):
+        outputs = model(x, training=False)
+    with tf.__internal__.FuncGraph("build").as_default():
+        predicted = keras.tree.map_structure(lambda part: tf.zeros((1, *part.shape[1:]), part.dtype), outputs)
+        model.compute_loss(x, rest[0], predicted)
+        model.compute_metrics(x, rest[0], predicted)
+    model.optimizer.build(model.trainable_variables)
 
 
 def _function(
@@ -133,18 +131,22 @@ def _function(
     def one(at: Any) -> Any:
         return step(keras.tree.map_structure(lambda part: tf.gather(part, at), held))
 
-    # A function of its own, so that the step is traced once for the loop and for the last batch.
+    # A function of its own, so that what it returns is known before the loop that carries it.
     batch_step = tf.function(one, input_signature=of_rows, jit_compile=jit_compile, autograph=False)
+    if _count(data) <= batch:
+        return lambda iterator: batch_step(rows())  # the iterator has nothing to tell
 
     def epoch(order: Any) -> Any:
-        last = (tf.size(order) - 1) // batch
+        steps = (tf.size(order) - 1) // batch + 1
 
-        def body(number: Any) -> Any:
-            batch_step(order[number * batch : (number + 1) * batch])
-            return number + 1
+        def body(number: Any, _: Any) -> Any:  # the last slice ends with the rows
+            return number + 1, batch_step(order[number * batch : (number + 1) * batch])
 
-        tf.while_loop(lambda number: number < last, body, [tf.constant(0)], parallel_iterations=1)
-        return batch_step(order[last * batch :])
+        returned = batch_step.get_concrete_function().structured_outputs
+        nothing = tf.nest.map_structure(lambda part: tf.zeros([size or 0 for size in part.shape], part.dtype), returned)
+        invariants = [tf.TensorShape([]), tf.nest.map_structure(lambda part: part.shape, returned)]
+        start = [tf.constant(0), nothing]
+        return tf.while_loop(lambda number, _: number < steps, body, start, invariants, parallel_iterations=1)[1]
 
     run = tf.function(epoch, input_signature=of_rows, autograph=False)
-    return lambda iterator: run(rows())  # the iterator has nothing to tell
+    return lambda iterator: run(rows())
