@@ -55,7 +55,9 @@ class Sampler(Protocol):
 # Where each one is defined, so that naming them imports none of them.
 SAMPLERS: Mapping[str, tuple[str, str]] = {
     "random": ("search.samplers.random", "RandomSampler"),
-    "tpe": ("search.samplers.hyperopt", "TPESampler"),
+    "tpe": ("search.samplers.tpe", "TPESampler"),
+    "hyperopt": ("search.samplers.hyperopt", "HyperoptSampler"),
+    "anneal": ("search.samplers.hyperopt", "AnnealSampler"),
     "grid": ("search.samplers.grid", "GridSampler"),
     "kt-bayesian": ("search.samplers.kerastuner", "BayesianOracleSampler"),
     "optuna-tpe": ("search.samplers.optuna", "OptunaTPESampler"),
