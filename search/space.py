@@ -208,6 +208,17 @@ class Space:
 
         return tuple(self.walk(value))
 
+    @cached_property
+    def questions(self) -> tuple[tuple[str, float | None], ...]:
+        """All that ``active`` depends on: keys, and the bound at which a key's values are parted, if there is one.
+
+        Configurations that answer these alike have the same active parameters.
+        """
+        parents = {name for parameter in self.declared for name, _ in parameter.conditions}
+        found = {(n, None) for n, parameter in enumerate(self.declared) if parameter.name in parents}
+        asked = sorted(found | self._tree.questions(), key=repr)
+        return tuple((self.declared[number].key, bound) for number, bound in asked)
+
     def restricted(self, params: Params) -> dict[str, Value]:
         """Only the active ones, in the order they are asked for."""
         return {key: params[key] for key in self.active(params) if key in params}

@@ -56,6 +56,7 @@ class Sampler(Protocol):
 SAMPLERS: Mapping[str, tuple[str, str]] = {
     "random": ("search.samplers.random", "RandomSampler"),
     "tpe": ("search.samplers.tpe", "TPESampler"),
+    "gp": ("search.samplers.gp", "GPSampler"),
     "hyperopt": ("search.samplers.hyperopt", "HyperoptSampler"),
     "anneal": ("search.samplers.hyperopt", "AnnealSampler"),
     "grid": ("search.samplers.grid", "GridSampler"),

@@ -101,7 +101,7 @@ def space_of(table: Problem) -> Any:
         {
             "name": name,
             "conditions": [],
-            "domain": {"kind": "choice", "values": values, "ordered": True, "default": values[0]},
+            "domain": {"kind": "choice", "values": list(map(type(values[0]), values)), "ordered": True},
             "value": values[0],
         }
         for name, values in table.levels.items()
