@@ -112,7 +112,7 @@ def propose(sampler: Sampler, history: Sequence[Trial], space: Space, seed: int)
     Returns:
         The proposal, or None if the space is finite and every configuration in it has been tried.
     """
-    seen = {space.signature(trial.params) for trial in history if trial.number >= 0}
+    seen = space.signatures(trial.params for trial in history if trial.number >= 0)
     proposal = sampler.ask(history, space, seed)
     if space.signature(proposal.params) not in seen:
         return proposal
