@@ -23,11 +23,13 @@ class Verdict:
         score: On validation rows, in the objective's units; goes to the sampler.
         guard: On guard rows; goes to the journal's sealed table and nowhere else.
         evidence: JSON that is kept with the guard score: what the final choice needs of both tiers.
+        error: Standard error of ``score``, where the judge was asked for it and there is one.
     """
 
     score: float
     guard: float | None
     evidence: Any = None
+    error: float | None = None
 
 
 class Judge(Protocol):
@@ -49,6 +51,8 @@ class Attempt:
         asks: What it has asked for so far; result, failure: how it says that it ended.
         scoring: Payload of its score job, if only Keras can compute the metric; settled: that job's verdict.
         deaths: Times that the score job ended without an answer.
+        stopped: Whether it was told to stop early. However its process ends then, the trial is pruned.
+        value: What it was judged by then, lower is better; None if that was no finite number.
     """
 
     trial: Trial
@@ -59,6 +63,8 @@ class Attempt:
     settled: Verdict | None = None
     scoring: dict[str, Any] = field(default_factory=dict)
     deaths: int = 0
+    stopped: bool = False
+    value: float | None = None
 
     @property
     def job(self) -> str:
@@ -116,6 +122,9 @@ class Attempt:
 
     def finished(self, verdict: Verdict | None, params: dict[str, Any], direction: str, now: float) -> Trial:
         """The trial as it ended."""
+        if self.stopped:
+            score = self.value if direction == "min" or self.value is None else -self.value
+            return self.trial.moved(TrialState.PRUNED, params=params, ended=now, score=score, loss=self.value)
         if verdict is None:
             failure = self.failure or TrialFailed("crash", "the trial ended without a verdict")
             return self.trial.moved(
@@ -131,7 +140,11 @@ class Attempt:
             epochs=result["epochs"],
             best_epoch=result["best_epoch"],
             size=result["size"],
-            extra={key: result[key] for key in ("weights", "reported", "devices", "declaration")},
+            extra={
+                **self.trial.extra,
+                **{key: result[key] for key in ("weights", "reported", "devices", "declaration")},
+                **({} if verdict.error is None else {"error": verdict.error}),
+            },
         )
 
 

@@ -45,7 +45,7 @@ def paragraph(found: Found) -> str:
     if found["best"] is None:
         return _nothing(found)
     words, test = _Words(bool(found["proportion"])), found["test"]
-    sentences = [_tested(found, words), _reused(test), _estimated(found, words)]
+    sentences = [_tested(found, words), _carried(found), _reused(test), _estimated(found, words)]
     if test is not None and test["gap"] is not None:
         sentences.append(_gap(test["gap"], found["verdicts"], words))
     if found["final"] == "retrain" and found["winner"] is not None:
@@ -55,6 +55,21 @@ def paragraph(found: Found) -> str:
         )
     sentences += [_gain(found, words), _noise(found, words), _scope(found)]
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _carriers(found: Found) -> list[str]:
+    """Studies of other rows, or of another split, that the search was warm-started from."""
+    return [one["study"] for one in found.get("warm_start") or () if one["other_data"]]
+
+
+def _carried(found: Found) -> str:
+    names = _carriers(found)
+    if not names:
+        return ""
+    return (
+        f"The search was warm-started from {', '.join(names)}, with other rows or another split: it carries knowledge "
+        "of rows that may be test rows here, by which all scores may flatter."
+    )
 
 
 def _nothing(found: Found) -> str:
@@ -70,7 +85,7 @@ def _tested(found: Found, words: _Words) -> str:
     if test is None:
         return f"There is no test score yet: {_why_sealed(found)}."
     # A first look at rows that fit the rest is the best evidence there is; of any other say only what it is.
-    trusted = test["opening"] == 1 and "SPLIT_MISMATCH" not in found["verdicts"]
+    trusted = test["opening"] == 1 and "SPLIT_MISMATCH" not in found["verdicts"] and not _carriers(found)
     score = words.score(test["winner"])
     head = f"Believe the test {name} of {score}" if trusted else f"The test {name} is {score}"
     rows = f"{test['rows']} rows" + (" that nothing in this study had used before" if test["opening"] == 1 else "")

@@ -19,8 +19,6 @@ from search.printing import compare_link, finished, print_json, told, watching
 if TYPE_CHECKING:
     from search.study import StudyConfig
 
-_DEBUG = "heldout.debug"
-
 
 class _Commands(click.Group):
     """Turns our errors into one line and an exit code; tracebacks only with --debug."""
@@ -67,6 +65,7 @@ def main(debug: bool) -> None:
     show_default=True,
     help="Open the sealed test rows at the end: auto only if no study has opened them.",
 )
+@options.prior
 @options.final
 @options.checkpoint_minutes
 @options.disk
@@ -91,6 +90,7 @@ def launch(space: str, as_json: bool, **asked: Any) -> None:
 @click.option("--accept-changes", is_flag=True, help="Go on with a space module that was changed.")
 @click.option("--evaluate", type=click.Choice(["auto", "yes", "no"]), help="As for launch [as launched].")
 @click.option("--max-disk", metavar="SIZE", help="As for launch [as launched].")
+@options.ends
 @options.workspace
 @options.as_json
 def resume(study: str, workspace: str | None, as_json: bool, **asked: Any) -> None:

@@ -7,19 +7,23 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from search.agenda import Agenda
 from search.attempt import Attempt, Judge, Verdict, alone, job_id
 from search.discovery import Discovery
+from search.ends import Ends
+from search.enqueueing import unbegun
 from search.errors import SpaceError, StudyFailed, StudyStopped, TrialFailed, request_error
 from search.executors import Executor, Exited, Job, Lost, Message, Slot, Warned, died
 from search.journal import Journal
+from search.pruners import Pruning
 from search.recording import Recording
 from search.retries import may_retry
-from search.samplers import Sampler, proposal_for
+from search.samplers import Sampler
 from search.slots import Slots
 from search.space import Space
 from search.supervision import Supervisor
 from search.surroundings import NOW, Calm, Surroundings
-from search.trial import Trial, TrialState, searched, seed_for
+from search.trial import Report, Trial, TrialState
 from search.watcher import Silent, Watcher
 
 MOST_FAILURES_IN_A_ROW = 10
@@ -30,14 +34,14 @@ class Driver:
     """Runs one study's plan to its end.
 
     Args:
-        trials: How many trials the search shall have in all.
+        ends: What ends the search.
         seed: The study's seed; every trial's and every proposal's seed derive from it.
         direction: ``"min"`` or ``"max"``.
         payload: Makes the payload of a trial's job from the trial and its proposal.
         discovery: Payload of the ``discover`` job, or None if the journal already has the space.
         on_preflight: Called once with the preflight's findings, before any other trial starts.
-        confirm: The trainings that shall follow the search, worked out from its ended trials alone; those that
-            a study has already are not repeated.
+        confirm: As of ``Agenda``.
+        pruning: Says which trials stop early; None lets them all run to their end.
         text: Digest of the module text that trials run now; those that confirm run the text of what they confirm.
         supervisor: Says which jobs take too long; None lets them all take their time.
         surroundings: Says when to stop and when the disk is full.
@@ -46,7 +50,7 @@ class Driver:
     def __init__(
         self,
         *,
-        trials: int,
+        ends: Ends,
         seed: int,
         direction: str,
         journal: Journal,
@@ -57,6 +61,7 @@ class Driver:
         discovery: dict[str, Any] | None,
         on_preflight: Callable[[dict[str, Any]], None],
         confirm: Callable[[Sequence[Trial]], Sequence[Trial]] = lambda _: (),
+        pruning: Pruning | None = None,
         text: str | None = None,
         watcher: Watcher | None = None,
         supervisor: Supervisor | None = None,
@@ -64,11 +69,20 @@ class Driver:
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._trials, self._seed, self._direction = trials, seed, direction
-        self._journal, self._sampler, self._executor, self._judge = journal, sampler, executor, judge
+        self._direction, self._text, self._pruning = direction, text, pruning
+        self._journal, self._executor, self._judge = journal, executor, judge
         self._payload, self._on_preflight = payload, on_preflight
-        self._confirm, self._confirming, self._text = confirm, False, text
         self._watcher: Watcher = watcher or Silent()
+        self._agenda = Agenda(
+            journal,
+            sampler,
+            seed=seed,
+            ends=ends,
+            direction=direction,
+            confirm=confirm,
+            watcher=self._watcher,
+            clock=clock,
+        )
         self._supervisor = supervisor or Supervisor(None, None, executor.cpu_seconds)
         self._discovery = Discovery(executor, self._supervisor, discovery)
         self._surroundings: Surroundings = surroundings or Calm()
@@ -77,14 +91,11 @@ class Driver:
         self._space: Space | None = None if discovery is not None else journal.space()
         self._seats = Slots(executor.slots)
         self._running: dict[str, Attempt] = {}
-        self._requeued: list[Trial] = []
         self._on_host: dict[int, bool] = {}  # of trials that ran out of memory: the machine's, or a GPU's
-        self._planned: list[Trial] = []  # confirmations, which begin once the search has ended
         first = journal.history()[:1]
         self._checked = discovery is None or bool(first and first[0].state.is_finished)
         self._failures = 0
-        self._exhausted = self._stopping = False
-        self._starved: int | None = None  # length of the journal when nothing new could be proposed
+        self._stopping = False
         self._found: dict[str, Any] | None = None  # what preflight said, until discovery has spoken too
         self._held: tuple[Attempt, Verdict | None] | None = None  # the baseline's end, until the study has begun
 
@@ -92,23 +103,25 @@ class Driver:
         """Run until the plan is done.
 
         Returns:
-            ``"complete"`` when every trial of the plan has ended, ``"exhausted"`` when the space
-            has no further configuration, ``"stopped"`` when it was asked to begin no more.
+            Which end the search reached, as ``Ends.reached`` says it; ``"exhausted"`` when the space has no
+            further configuration, ``"stopped"`` when it was asked to begin no more.
 
         Raises:
             RequestError: If preflight or discovery found the request wrong, before a second trial began.
             StudyFailed: If ten trials in a row failed, or trial processes cannot be had.
             StudyStopped: If it was asked to stop at once.
         """
-        self._requeue_interrupted()
+        self._agenda.recall()
+        if self._pruning is not None:
+            self._pruning.recall(self._journal.history(), self._journal.reports())
         self._discovery.start()
         while True:
             self._heed_stop()
             self._fill()
             if not self._running and self._discovery.is_over and not self._more():
-                if self._confirming or self._stopping:
+                if self._agenda.confirming or self._stopping:
                     break
-                self._plan_confirmations()
+                self._agenda.plan_confirmations()
                 continue
             for event in self._executor.poll(0.25):
                 self._handle(event)
@@ -116,7 +129,7 @@ class Driver:
             self._recording.flush()
             self._tick()
         self._recording.flush(force=True)
-        return "stopped" if self._stopping else "exhausted" if self._exhausted else "complete"
+        return "stopped" if self._stopping else self._agenda.end() or "exhausted"
 
     def _heed_stop(self) -> None:
         asked = self._surroundings.stop()
@@ -139,82 +152,34 @@ class Driver:
         self._supervisor.paused(_WAIT)
         self._tick()
 
-    # ── proposing ──
-
-    def _requeue_interrupted(self) -> None:
-        """A trial that was running when its driver ended runs again, with its parameters, seed and number."""
-        # As they were proposed: the history has what they had asked for by then, which may be less.
-        proposed = {event.trial: event.body["params"] for event in self._journal.events() if event.kind == "trial"}
-        for trial in self._journal.history():
-            if not trial.state.is_finished:
-                self._requeued.append(dataclasses.replace(trial, params=proposed[trial.number]))
+    # ── beginning ──
 
     def _more(self) -> bool:
-        return not self._stopping and (bool(self._requeued or self._planned) or self._searching())
-
-    def _searching(self) -> bool:
-        return not self._exhausted and len(searched(self._journal.history())) < self._trials
-
-    def _plan_confirmations(self) -> None:
-        history = self._journal.history()
-        known = {(trial.confirms, trial.seed) for trial in history}
-        self._planned = [trial for trial in self._confirm(history) if (trial.confirms, trial.seed) not in known]
-        self._confirming = True
-        self._watcher.planned(len(history) + len(self._planned))
+        return not self._stopping and self._agenda.has_more()
 
     def _fill(self) -> None:
         while self._more() and self._recording.has_room():
-            if not self._requeued and self._running and self._starved == self._journal.length:
+            if self._running and self._agenda.waits():
                 return
-            number = self._requeued[0].number if self._requeued else self._next_number()
+            number, again = self._agenda.number, self._agenda.again
             if number and (self._space is None or not self._checked):
                 return  # only the baseline may run before preflight and discovery have spoken
-            slot = self._seats.take(alone(self._requeued[0], self._on_host.get(number)) if self._requeued else None)
+            slot = self._seats.take(alone(again, self._on_host.get(number)) if again else None)
             if slot is None:
                 return
-            trial = self._next(number)
+            trial = self._agenda.next(number, self._space, idle=not self._running)
             if trial is None:
                 self._seats.give_back(slot)
                 return
             self._start(trial, slot)
 
-    def _next_number(self) -> int:
-        # Not the number of trials: a journal that was repaired may lack one in the middle.
-        history = self._journal.history()
-        return history[-1].number + 1 if history else 0
-
-    def _next(self, number: int) -> Trial | None:
-        """The next trial of the plan; None if there is none, or none yet."""
-        if self._requeued:
-            again = self._requeued.pop(0)
-            return dataclasses.replace(again, attempt=again.attempt + 1, reason=None, message=None, epochs=0)
-        if self._planned:
-            return dataclasses.replace(self._planned.pop(0), number=number)
-        trial = self._proposed(number)
-        if trial is None and self._running:  # what runs may yet ask for more, in its fit for instance
-            self._starved = self._journal.length
-        elif trial is None:
-            self._exhausted = True
-            self._watcher.say(f"the space has no further configuration: it is exhausted after {number} trials")
-        return trial
-
-    def _proposed(self, number: int) -> Trial | None:
-        # Of the search alone: a study that is extended after its confirmations goes on as a longer one would have.
-        place = len(searched(self._journal.history()))
-        seed = seed_for(self._seed, place)
-        if number == 0:
-            return Trial(0, seed=seed)
-        assert self._space is not None
-        length = self._journal.length
-        proposal = proposal_for(self._sampler, self._journal.history(), self._space, self._seed, place)
-        if proposal is None:
-            return None
-        return Trial(number, params=proposal.params, memo=proposal.memo, seed=seed, history_length=length)
-
     def _start(self, trial: Trial, slot: Slot) -> None:
         text = self._text if trial.confirms is None else trial.text
         now = self._clock()
-        running = dataclasses.replace(trial, state=TrialState.RUNNING, started=now, slot=slot.index, text=text)
+        extra = {"gpus": gpus} if (gpus := self._seats.gpus(slot)) else {}
+        running = dataclasses.replace(
+            trial, state=TrialState.RUNNING, started=now, slot=slot.index, text=text, extra=extra
+        )
         self._recording.durably(lambda: self._journal.begin(running))
         proposal = self._space.proposal(trial.params) if self._space is not None and trial.number else None
         payload = self._recording.durably(lambda: self._payload(running, proposal))
@@ -271,6 +236,8 @@ class Driver:
                 attempt.asks, attempt.result = [], None
                 attempt.failed(died(event.job, f"it broke the protocol: {error!r}").body)
                 self._executor.kill(event.job)
+        elif attempt.stopped:  # and so it is pruned, however its process ended
+            self._finish(attempt, None)
         elif isinstance(event, Lost) and attempt.failure is None and attempt.result is not None:
             self._judged(attempt)  # it had finished, and its files are whole
         elif isinstance(event, Lost):
@@ -290,6 +257,8 @@ class Driver:
             report = attempt.reported(body, self._clock())
             self._recording.report(report)
             self._watcher.epoch(report)
+            if self._pruning is not None:
+                self._prune(self._pruning, attempt, report, waits=bool(body.get("waits")))
         elif kind == "asks":
             attempt.asks = body["asks"]
             number = attempt.trial.number
@@ -306,11 +275,20 @@ class Driver:
             if not self._checked and attempt.trial.number == 0 and attempt.failure and not attempt.failure.chance:
                 raise request_error(body.get("error"), body["message"])
 
+    def _prune(self, pruning: Pruning, attempt: Attempt, report: Report, waits: bool) -> None:
+        """Take in a report, and answer the trial if it waits at a rung."""
+        pruning.heard(attempt.trial, report)
+        if waits:
+            if not attempt.stopped and pruning.stops(attempt.trial, report.step):
+                attempt.stopped, attempt.value = True, pruning.loss(attempt.trial, report.step)
+            self._executor.send(attempt.job, {"stop": attempt.stopped})
+
     def _begin(self) -> None:
         """Say that the request is sound, once preflight and discovery agree on it."""
         if self._found is not None and self._space is not None:
             self._on_preflight(self._found)
             self._found = None
+            self._agenda.enqueued(unbegun(self._journal.history()))
 
     def _failed(self, attempt: Attempt, is_counted: bool = True) -> None:
         """An attempt is over without a result: try again, or record that the trial failed."""
@@ -331,7 +309,7 @@ class Driver:
         waiting = attempt.waiting(failure, is_counted)
         self._recording.write(lambda: self._journal.queue(waiting))
         self._leave(attempt)
-        self._requeued.append(waiting)
+        self._agenda.requeue(waiting)
         if failure.reason == "oom":
             self._on_host[waiting.number] = failure.on_host
         self._watcher.say(f"trial {waiting.number} runs again ({failure.reason}: {failure.message})")
@@ -373,7 +351,7 @@ class Driver:
             self._held = attempt, verdict  # told only when it cannot be taken back: discovery may yet refuse the space
             return
         trial = self._recording.write(lambda: self._recorded(attempt, verdict))
-        if verdict is not None:
+        if trial.state is not TrialState.FAILED:
             self._failures = 0
         elif trial.confirms is None:
             self._failures += trial.reason != "lost"

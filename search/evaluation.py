@@ -72,7 +72,7 @@ def conclude(
         opening: ``"auto"`` opens rows that nobody has opened, ``"yes"`` others too, ``"no"`` none.
         final: ``"retrain"`` or None.
     """
-    if not any(trial.score is not None for trial in journal.history()):
+    if best(journal.history()) is None:
         journal.put("evaluation", {"opened": False, "why": "no trial completed, so there is nothing to test"})
         return
     if (journal.get("selection") or {}).get("events") != journal.length:

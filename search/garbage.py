@@ -19,6 +19,7 @@ from search import disk, journal_file, keeping, lifecycle, publishing
 from search.errors import RequestError
 from search.journal import Journal
 from search.lock import driver_of, locked
+from search.reserving import never_began
 from search.study import workspace_folder, workspace_id
 
 _YOUNG = 600.0  # seconds in which what looks like nobody's may be somebody's who is just starting
@@ -91,15 +92,8 @@ def _never_began(root: Path, _: list[str]) -> Iterator[Waste]:
 
 def _is_dead(folder: Path) -> bool:
     """Whether a study's folder was left before its study began."""
-    if journal_file.holds_study(folder):
-        try:
-            with Journal.open(folder / "journal.sqlite", read_only=True) as journal:
-                began = journal.get("study") is not None and journal.get("state") is not None
-        except RequestError:
-            return False  # damaged is not unneeded
-        if began:
-            return False
-    return driver_of(folder) is None and _age(folder) > _YOUNG
+    is_left = never_began(folder) if journal_file.holds_study(folder) else True
+    return is_left and driver_of(folder) is None and _age(folder) > _YOUNG
 
 
 def _drop(root: Path, folder: Path) -> None:

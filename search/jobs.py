@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from search import devices, places, publishing, secrecy
-from search.errors import SpaceError, TrialFailed, request_error
+from search.errors import RequestError, SpaceError, TrialFailed, request_error
 from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot, Warned
 from search.executors.local import LocalExecutor
 from search.journal import Journal
-from search.problem import Problem
+from search.problem import DEFAULT_EPOCHS, Problem
+from search.pruners import Pruning, default_grace, get_pruner
+from search.space import Space
 from search.study import StudyConfig
 from search.supervision import Supervisor
 from search.trial import Trial
@@ -65,6 +67,32 @@ def supervisor(config: StudyConfig, executor: Executor) -> Supervisor:
     """Watches over jobs as the study was asked to."""
     patience = (config.trial_timeout, config.heartbeat or None)
     return Supervisor(*patience, executor.cpu_seconds, has_begun=executor.has_begun)
+
+
+def pruning(config: StudyConfig, prepared: dict[str, Any], space: Space) -> Pruning:
+    """Which trials stop early, as the study was asked to.
+
+    The grace period follows from the plan alone: rungs must be the same for every trial of a study, also where the
+    number of epochs is a parameter that is found late.
+    """
+    epochs = config.epochs or prepared["epochs"] or DEFAULT_EPOCHS
+    own = [] if config.epochs else [one.domain.high or 0 for one in space.parameters.values() if one.name == "epochs"]
+    grace = config.grace or default_grace(epochs)
+    return Pruning(
+        get_pruner(config.pruner), prepared["objective"], prepared["direction"], grace, int(max([epochs, *own]))
+    )
+
+
+def check_ends(config: StudyConfig, slots: Sequence[Slot]) -> None:
+    """See that what shall end the search can be counted.
+
+    Raises:
+        RequestError: If hours of GPUs cannot, for want of one.
+    """
+    if config.max_gpu_hours is not None and not any(slot.gpus for slot in slots):
+        raise RequestError(
+            f"--max-gpu-hours {config.max_gpu_hours:g} counts GPUs, but trials here have none; use --timeout SECONDS"
+        )
 
 
 def one_slot() -> tuple[Slot, ...]:

@@ -27,6 +27,7 @@ class RowJudge:
             others, and no trial's. None keeps nothing.
         baseline: Gives what the baseline's model declares of itself; None, as while that is not known, compares
             nothing.
+        errors: Whether verdicts have the standard error of the validation score.
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class RowJudge:
         problem: dict[str, str],
         keep: Path | None = None,
         baseline: Callable[[], Mapping[str, Any] | None] = lambda: None,
+        errors: bool = False,
     ) -> None:
         self._open, self._sealed = OpenRows(rows), SealedRows(sealed)
         self._objective, self._problem, self._keep, self._baseline = objective, problem, keep, baseline
+        self._errors = errors
         self._labels = {"validation": self._open.labels("validation"), "guard": self._sealed.labels("guard")}
 
     def judge(self, result: dict[str, Any]) -> Verdict | dict[str, Any]:
@@ -71,7 +74,13 @@ class RowJudge:
                 kept = parts if metric.kind == "r2_score" else parts.astype(np.float32)
             path = self._written(kept, Path(result["predictions"]["guard"][0]).parent.name)
             evidence = {"parts": str(path), "validation": sums}
-        return Verdict(validation.value, value, evidence)
+        return Verdict(validation.value, value, evidence, self._error(validation) if self._errors else None)
+
+    def _error(self, validation: scoring.Score) -> float | None:
+        from search import statistics  # takes a while to import, and most studies end without it
+
+        error = statistics.standard_error(validation, ordered=self._open.manifest["ordered"])
+        return float(error) if np.isfinite(error) else None
 
     def _on_guard(self, metric: scoring.Metric, result: dict[str, Any]) -> tuple[float, Array | None]:
         """The score on guard rows and what each contributes; NaN and None as far as there is none."""

@@ -13,6 +13,8 @@ from typing import IO
 
 from search.errors import StudyError
 
+LOCKS = ("lock", "processes.lock")  # files of a study's folder
+
 
 @dataclass(frozen=True)
 class DriverName:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from search.errors import RequestError
+from search.samplers import AUTO, SAMPLERS
 
 
 def workspace(command: Any) -> Any:
@@ -90,6 +91,23 @@ def final(command: Any) -> Any:
     )(command)
 
 
+def prior(command: Any) -> Any:
+    """What is known before the search."""
+    options = [
+        click.option("--enqueue", metavar="FILE", help="Configurations to try first: JSON, JSON lines or CSV."),
+        click.option(
+            "--warm-start",
+            multiple=True,
+            metavar="STUDY",
+            help="Try its best configurations first, and learn from its trials; may be repeated.",
+        ),
+        click.option("--warm-start-other-data", is_flag=True, help="Even if it had other rows or another split."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def checkpoint_minutes(command: Any) -> Any:
     """How long trials may be before one that runs again should not begin from zero."""
     return click.option(
@@ -100,11 +118,45 @@ def checkpoint_minutes(command: Any) -> Any:
     )(command)
 
 
+def ends(command: Any) -> Any:
+    """What ends a search before its number of trials; they may be extended on resume."""
+    options = [
+        click.option(
+            "--timeout", type=float, metavar="SECONDS", help="Begin no trial once trials have run for so long."
+        ),
+        click.option(
+            "--stop-after-stale",
+            type=int,
+            metavar="N",
+            help="Nor after N trials in a row without a gain above one standard error.",
+        ),
+        click.option("--max-gpu-hours", type=float, metavar="H", help="Nor after so many hours of GPUs."),
+        click.option("--target", type=float, metavar="SCORE", help="Nor once a validation score has reached it."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def search_options(command: Any) -> Any:
     """What `launch` and `check` search, and with what."""
     options = [
         click.option("--trials", type=int, default=30, show_default=True, help="Trials, the baseline included."),
-        click.option("--sampler", default="tpe", show_default=True, help="How configurations are proposed."),
+        click.option(
+            "--sampler",
+            metavar="NAME",
+            default=AUTO,
+            show_default=True,
+            help=f"How configurations are proposed: {', '.join(SAMPLERS)}; auto takes what measured best.",
+        ),
+        click.option(
+            "--pruner",
+            default="none",
+            show_default=True,
+            help="How weak trials are stopped early: asha gives many configurations a few epochs and the best ones "
+            "many (coarse to fine), median stops what is worse than half of the others, none stops none.",
+        ),
+        click.option("--grace", type=int, metavar="N", help="Epochs before a trial may be stopped [a tenth]."),
         click.option("--workers", type=int, help="Trials at a time on CPUs [one per core]."),
         click.option("--gpus", metavar="auto|none|0,1", help="GPUs to use [auto]."),
         click.option("--trials-per-gpu", type=int, metavar="K", help="Trials that share a GPU."),
@@ -150,4 +202,4 @@ def search_options(command: Any) -> Any:
     ]
     for option in reversed(options):
         command = option(command)
-    return workspace(command)
+    return workspace(ends(command))

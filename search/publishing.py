@@ -11,11 +11,13 @@ import http.client
 import json
 import os
 import select
+import shutil
 import site
 import sqlite3
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -156,6 +158,11 @@ def start(study_dir: Path, uri: str) -> Tracker:
     return Tracker(study_dir.absolute(), uri)
 
 
+def scratch_prefix(process: int) -> str:
+    """How the names of a tracker's temporary folders begin."""
+    return f"heldout-tracker-{process}-"
+
+
 class Tracker:
     """A running tracker. A context manager: left without ``finish``, it ends the process at once."""
 
@@ -271,6 +278,9 @@ class Tracker:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        # Killed, or interrupted while it took that away itself.
+        for left in Path(tempfile.gettempdir()).glob(f"{scratch_prefix(self._process.pid)}*"):
+            shutil.rmtree(left, ignore_errors=True)
         self._drop_pipes()
 
     def _drop_pipes(self) -> None:

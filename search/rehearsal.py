@@ -17,7 +17,8 @@ from search.errors import SpaceError
 from search.executors import NO_GPU, Job
 from search.judge import check_tiers
 from search.problem import DEFAULT_EPOCHS, find
-from search.samplers import get_sampler
+from search.pruners import get_pruner
+from search.samplers import check_space, get_sampler
 from search.space import Ask, Space
 from search.study import StudyConfig, make_workspace, workspace_folder
 from search.trial import Value, seed_for
@@ -43,8 +44,10 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
     config = StudyConfig(space=space, **options)
     watcher = watcher or Silent()
     problem = find(config.space)
-    get_sampler(config.sampler)
+    chosen = get_sampler(config.sampler)
+    get_pruner(config.pruner)
     slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
+    jobs.check_ends(config, slots)
     workspace = workspace_folder(config.workspace)
     make_workspace(workspace)
     with tempfile.TemporaryDirectory(prefix="heldout-check-") as scratch:
@@ -54,6 +57,8 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
             prepared = jobs.prepare(executor, problem, workspace, Path(scratch), config.split_seed, Silent())
             asked = {"problem": problem.to_json(), "seconds": jobs.DISCOVERY_SECONDS}
             found = jobs.call(executor, Job("discover", "discover", asked, env=NO_GPU), watcher)
+            discovered = Space.from_json(found["space"])
+            check_space(chosen, discovered)
             payload = jobs.base_payload(prepared, Path(scratch)) | {
                 "epochs": config.epochs,
                 "seed": 0,
@@ -64,7 +69,6 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
             seen = jobs.call(executor, Job("check", "check", payload), watcher, slot=executor.slots[0])
             trial = time.monotonic() - ready  # a process, a model, preflight in place of prediction, two epochs
     check_tiers(Path(prepared["rows"]), Path(prepared["sealed"]), prepared["objective"], seen["declaration"])
-    discovered = Space.from_json(found["space"])
     epochs = config.epochs or discovered.defaults().get("epochs") or prepared["epochs"] or DEFAULT_EPOCHS
     again, tiers = config.confirmation(), prepared["manifest"]["tiers"]
     opened = jobs.openings(prepared)

@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from search import belief, keeping, metrics, places, publishing, scoring, verdicts
+from search import belief, ends, keeping, metrics, places, publishing, scoring, verdicts
 from search.domain import Domain
+from search.enqueueing import source as enqueued_from
+from search.enqueueing import unbegun
 from search.errors import StudyError
 from search.ledger import times
 from search.scoring import disagreement_line
-from search.study import Study
+from search.study import Study, StudyConfig, config_of
 from search.trial import Trial, TrialState, best, searched
 
 PICTURE = "guard.png"
@@ -28,7 +30,7 @@ def report(study: Study) -> dict[str, Any]:
         selection = journal.get("selection") or {}
         evaluation = journal.get("evaluation") or {}
         preflight = journal.get("preflight")
-        ended = journal.get("ended")
+        ended, plan = journal.get("ended"), config_of(journal) if meta else None
     count = {state: sum(t.state is state for t in searched(trials)) for state in TrialState}
     failures = Counter(trial.reason for trial in trials if trial.state is TrialState.FAILED)
     retries: Counter[str] = sum((Counter(trial.retries) for trial in trials), Counter())
@@ -38,10 +40,12 @@ def report(study: Study) -> dict[str, Any]:
         "study": study.name,
         "state": study.state,
         "ended": ended,
+        "because": _because(plan, ended, len(searched(trials))),
         "objective": meta.get("objective"),
         "direction": meta.get("direction"),
         "proportion": _is_proportion(str(meta.get("objective")), preflight),
         "sampler": meta.get("config", {}).get("sampler"),
+        "warm_start": meta.get("warm_start") or [],
         "trials": {
             "complete": count[TrialState.COMPLETE],
             "pruned": count[TrialState.PRUNED],
@@ -64,22 +68,18 @@ def report(study: Study) -> dict[str, Any]:
         "picture": str(picture) if picture.exists() else None,
         "data": meta.get("data"),
         "tracking": {key: tracking.get(key) for key in ("uri", "experiment_id", "run_id")},
-        "seconds": _busy(trials),
+        "seconds": ends.busy(trials),
     }
     return found | {"believe": belief.paragraph(found)}
 
 
+def _because(plan: StudyConfig | None, ended: str | None, trials: int) -> str | None:
+    """Why the search has ended before all its trials, in words."""
+    return None if plan is None else plan.ends.because(ended, trials)
+
+
 def _is_proportion(objective: str, preflight: dict[str, Any] | None) -> bool:
     return preflight is not None and scoring.resolve(objective, preflight["declaration"]).kind in metrics.PROPORTIONS
-
-
-def _busy(trials: Sequence[Trial]) -> float:
-    """Seconds in which at least one trial ran; a pause before a resume does not count."""
-    total, until = 0.0, 0.0
-    for begin, end in sorted((t.started, t.ended) for t in trials if t.started is not None and t.ended is not None):
-        total += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return total
 
 
 def _described(trial: Trial | None) -> dict[str, Any] | None:
@@ -118,10 +118,12 @@ def lines(found: dict[str, Any]) -> list[str]:
     counts = found["trials"]
     head = f"study {name}: {counts['complete']} trials complete, {counts['pruned']} pruned, {counts['failed']} failed"
     out = [f"{head}, in {found['seconds']:.0f} s ({str(found['state']).lower()})"]
+    out += [found["because"]] if found["because"] else []
     if found["failures"]:
         out.append("failures: " + _counted(found["failures"]))
     if found["retries"]:
         out.append("attempts that failed and were followed by another: " + _counted(found["retries"]))
+    out += [_warm_start(one) for one in found["warm_start"]]
     if found["best"] is None:
         return [*out, "no trial has completed yet"]
     shipped = found["winner"] or found["best"]
@@ -141,6 +143,13 @@ def lines(found: dict[str, Any]) -> list[str]:
         out.append(f"picture: {found['picture']}")
     out += [f"verdict: {name} ({verdicts.MEANING[name]})" for name in found["verdicts"]]
     return [*out, *textwrap.wrap(found["believe"], _WIDTH)]
+
+
+def _warm_start(one: dict[str, Any]) -> str:
+    head = f"warm start from study {one['study']} ({one['trials']} configurations)"
+    if not one["other_data"]:
+        return f"{head}: the same rows and split"
+    return f"{head}: other rows or another split, so the search carries knowledge of rows that may be test rows here"
 
 
 def _counted(kinds: dict[str, int]) -> str:
@@ -263,7 +272,8 @@ def status(study: Study) -> dict[str, Any]:
         trials = journal.history()
         kept = len(keeping.kept(trials, keeping.limit(journal)))
         deleted = len(keeping.kept(trials, None)) - kept
-    running = [trial.number for trial in trials if not trial.state.is_finished]
+    queued = unbegun(trials)
+    running = [trial.number for trial in trials if not trial.state.is_finished and trial not in queued]
     confirmed = sum(trial.confirms is not None and trial.state.is_finished for trial in trials)
     more = {"planned": planned, "running": running, "confirmed": confirmed, "kept": kept, "deleted": deleted}
     return report(study) | more
@@ -275,12 +285,16 @@ def status_line(found: dict[str, Any]) -> str:
         return f"{found['study']}: {found['state'].lower()}, nothing recorded yet"
     best_, failed, done = found["best"], found["trials"]["failed"], sum(found["trials"].values())
     parts = [f"{found['study']}: {found['state'].lower()}, {done} of {found['planned']} trials"]
+    parts += [f", {found['trials']['pruned']} pruned"] if found["trials"]["pruned"] else []
     parts += [f", {failed} failed"] if failed else []
+    parts += [f", sampler {found['sampler']}"]
+    parts += [f", warm start from {one['study']}{' (other data)' * one['other_data']}" for one in found["warm_start"]]
     parts += [f", {found['confirmed']} confirming trainings"] if found["confirmed"] else []
     parts += [f", {found['kept']} models kept"] if found["deleted"] else []
     if found["running"] and found["state"] == "RUNNING":
         plural = "" if len(found["running"]) == 1 else "s"
         parts.append(f", now at trial{plural} {', '.join(map(str, found['running']))}")
+    parts += [f", {found['because']}"] if found["because"] else []
     shown = "none yet" if best_ is None else f"{number(best_['validation'])} (trial {best_['trial']})"
     return "".join(parts) + f"; best {found['objective']} {shown}"
 
@@ -300,6 +314,7 @@ def show(study: Study, number: int) -> dict[str, Any]:
     log = places.trial(study.folder, number) / places.LOG
     return trial.to_json() | {
         "reports": [{"attempt": r.attempt, "step": r.step, "metrics": dict(r.metrics)} for r in reports],
+        "enqueued": enqueued_from(trial),
         "kept": trial.state is TrialState.COMPLETE and places.weights(study.folder, number).exists(),
         "log": log.read_text(errors="replace") if log.exists() else "",
     }
@@ -311,8 +326,12 @@ def trial_lines(found: dict[str, Any]) -> list[str]:
     out = [f"trial {found['number']}: {found['state']}{score}, seed {found['seed']}, attempt {found['attempt']}"]
     if found["confirms"] is not None:
         out.append(f"trains the configuration of trial {found['confirms']} again, with a seed of its own")
+    if found["enqueued"]:
+        out.append(f"enqueued: {found['enqueued']}")
     if found["reason"]:
         out.append(f"{found['reason']}: {found['message']}")
+    if found["state"] == TrialState.PRUNED:
+        out.append(f"stopped early by the pruner, after {found['epochs']} epochs; the score is Keras' best until then")
     if found["state"] == TrialState.COMPLETE:
         out.append("its model is kept" if found["kept"] else "its model was not kept: others scored better (--keep)")
     out += [f"    {key} = {value}" for key, value in found["params"].items()]

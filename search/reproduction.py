@@ -17,9 +17,10 @@ from search.executors import Executor, Job, Slot
 from search.journal import Journal
 from search.judge import RowJudge
 from search.problem import Problem
+from search.pruners import Pruning, get_pruner
 from search.report import number
 from search.study import Study, StudyConfig
-from search.trial import Trial, TrialState
+from search.trial import Report, Trial, TrialState
 from search.watcher import Silent, Watcher
 
 # Reasons that tell of the machine at that moment, and little of the training.
@@ -95,7 +96,7 @@ def _record(study: Study, journal: Journal, wanted: int) -> _Record:
     if wanted not in trials:
         raise StudyError(f"study {study.name!r} has no trial {wanted}; it has {len(trials)}, from 0")
     trial = trials[wanted]
-    if trial.state not in (TrialState.COMPLETE, TrialState.FAILED):
+    if not trial.state.is_finished:
         raise StudyError(f"only a trial that has ended can be reproduced, but trial {wanted} is {trial.state}")
     begun = [
         event.body["params"]
@@ -138,12 +139,18 @@ def _trained(
         "default": trial.number == 0,
         "deterministic": record.config.deterministic,
     }
+    pruning = Pruning(get_pruner("asha"), prepared["objective"], prepared["direction"], trial.epochs, trial.epochs + 1)
+    if trial.state is TrialState.PRUNED:  # and so it is stopped at the same epoch again
+        payload["rungs"] = pruning.rungs(trial)
     reports: dict[int, Mapping[str, float]] = {}
     failed: dict[str, Any] = {}
 
     def heard(body: dict[str, Any]) -> None:
         if body["type"] == "report":
             reports[body["step"]] = body["metrics"]
+            pruning.heard(trial, Report(trial.number, trial.attempt, body["step"], 0.0, body["metrics"]))
+        if body.get("waits"):
+            executor.send(job.id, {"stop": True})
         elif body["type"] == "failed":
             failed.update(body)
 
@@ -162,6 +169,10 @@ def _trained(
     except RequestError as error:
         reason, message = failed.get("reason", "crash"), failed.get("message", str(error))
         return ended(TrialState.FAILED, reason=reason, message=message), reports, {}
+    if result.get("stopped"):
+        loss = pruning.loss(trial, trial.epochs)
+        score = loss if loss is None or prepared["direction"] == "min" else -loss
+        return ended(TrialState.PRUNED, score=score), reports, {}
     try:
         score = _score(executor, watcher, record, result)
     except TrialFailed as failure:
@@ -238,7 +249,8 @@ def _outcome(found: Found, same_count: bool) -> tuple[str, str]:
     if TrialState.FAILED.value in (then["state"], now["state"]):
         return _of_failures(then, now)
     same_epochs = same_count and all(then[key] == now[key] for key in ("epochs", "best_epoch"))
-    apart = abs(found["difference"])
+    # Of two that were stopped early at a value that is no number, neither has a score.
+    apart = abs(found["difference"]) if found["difference"] is not None else 0.0 if then == now else math.inf
     if apart == 0:
         if same_epochs and found["reports"]["difference"] in (None, 0.0) and found["weights"] is not False:
             return "exact", "reproduced exactly"

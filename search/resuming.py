@@ -6,16 +6,20 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 from search import devices, disk, jobs, journal_file, places, publishing
+from search.enqueueing import unbegun
 from search.errors import DataError, RequestError, StudyError
 from search.executors import NO_GPU, Executor, Job
 from search.journal import Journal
 from search.ledger import times
 from search.lock import locked
 from search.problem import Problem, find
+from search.samplers import get_sampler
 from search.space import Space
 from search.stopping import Stopping
 from search.study import Study, StudyConfig, config_of
@@ -32,6 +36,10 @@ def resume(
     trials: str | int | None = None,
     evaluate: str | None = None,
     max_disk: str | None = None,
+    timeout: float | None = None,
+    stop_after_stale: int | None = None,
+    max_gpu_hours: float | None = None,
+    target: float | None = None,
     accept_changes: bool = False,
     workspace: str | None = None,
     watcher: Watcher | None = None,
@@ -41,7 +49,7 @@ def resume(
     Args:
         trials: A new number of trials in all, or ``"+40"`` for so many more; None keeps the plan.
         evaluate: A new word on the test rows, as in ``StudyConfig``; None keeps the recorded one.
-        max_disk: A new limit, as in ``StudyConfig``.
+        max_disk, timeout, stop_after_stale, max_gpu_hours, target: New limits, as in ``StudyConfig``.
         accept_changes: Go on with the space module as it is now, if it was changed.
 
     Raises:
@@ -53,17 +61,18 @@ def resume(
     meta = found.meta("study")
     if meta is None or found.meta("state") is None:
         raise StudyError(
-            f"study {found.name!r} never began, so there is nothing to resume; `heldout delete {found.name}` and "
-            "launch it again"
+            f"study {found.name!r} never began, so there is nothing to resume; launch it again under its name"
         )
     with found.journal() as journal:
         before = config_of(journal)
-    asked = dataclasses.replace(
-        before, evaluate=evaluate or before.evaluate, max_disk=max_disk or before.max_disk
-    )
+    given: dict[str, Any] = {"evaluate": evaluate, "max_disk": max_disk, "timeout": timeout, "target": target}
+    given |= {"stop_after_stale": stop_after_stale, "max_gpu_hours": max_gpu_hours}
+    asked = dataclasses.replace(before, **{key: value for key, value in given.items() if value is not None})
+    get_sampler(asked.sampler)  # it may need a package that is not here
     recorded = Problem(**found.meta("prepared")["problem"])
     problem = _current(recorded, accept_changes, found.name, watcher)
     slots = devices.slots(asked.workers, asked.gpus, asked.trials_per_gpu, asked.gpus_per_trial)
+    jobs.check_ends(asked, slots)
     uri = publishing.uri_of(places.study(meta, found.workspace))
     disk.check(found.folder)
     if (away := publishing.check_uri(uri, must_answer=False)) is not None:
@@ -72,7 +81,7 @@ def resume(
         journal_file.back_up(found.folder / "journal.sqlite")
         journal = stack.enter_context(Journal.open(found.folder / "journal.sqlite"))
         plan = _plan(found.name, journal, asked, trials)
-        if found.meta("state") == "COMPLETE" and plan.trials == asked.trials:
+        if found.meta("state") == "COMPLETE" and plan.ends == before.ends:
             shown = publishing.read(found.folder)
             if shown.get("behind") or shown.get("status") == "RUNNING":
                 watcher.say("the study is complete; MLflow catches up")
@@ -82,13 +91,15 @@ def resume(
                 f"study {found.name!r} is complete; see it with `heldout report {found.name}`, or extend it with "
                 f"`heldout resume {found.name} --trials +N`"
             )
+        if found.meta("state") == "COMPLETE":
+            _see_it_goes_on(found.name, journal, plan)
         with jobs.start_executor(slots, problem, found.folder, plan.start_method, plan.env, (hold,)) as executor:
             if problem.digest != recorded.digest:
                 _adopt(journal, executor, found, recorded, problem, plan, watcher)
             with journal.one_commit():
                 if plan != before:
-                    given = {"trials": plan.trials, "evaluate": plan.evaluate, "max_disk": plan.max_disk}
-                    journal.put("plan", given)
+                    journal.put("plan", {key: getattr(plan, key) for key in ("trials", *given)})
+                journal.put("ended", None)
                 journal.put("state", "RUNNING")
             _say_what_is_left(journal, plan, watcher)
             discovery = None
@@ -128,10 +139,24 @@ def _plan(name: str, journal: Journal, config: StudyConfig, trials: str | int | 
     return plan
 
 
+def _see_it_goes_on(name: str, journal: Journal, plan: StudyConfig) -> None:
+    """See that a complete study's search goes on by its new plan.
+
+    Raises:
+        StudyError: If another of its ends is reached all the same.
+    """
+    history = journal.history()
+    end = plan.ends.reached(history, journal.get("study")["direction"], 0.0, math.inf)
+    if end is not None:
+        why = plan.ends.because(end, len(searched(history))) or "had all its trials (--trials)"
+        raise StudyError(f"study {name!r} would begin no further trial, as it has {why}; extend that as well")
+
+
 def _say_what_is_left(journal: Journal, plan: StudyConfig, watcher: Watcher) -> None:
     history = journal.history()
-    again = [trial.number for trial in history if not trial.state.is_finished]
-    more = plan.trials - len(searched(history))
+    queued = unbegun(history)
+    again = [trial.number for trial in history if not trial.state.is_finished and trial not in queued]
+    more = plan.trials - len(searched(history)) + len(queued)
     parts = [f"trial{'s' if len(again) > 1 else ''} {', '.join(map(str, again))} run again"] if again else []
     parts += [f"{more} of {plan.trials} trials are still to come"] if more > 0 else []
     if parts:

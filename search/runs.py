@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from search.enqueueing import source
 from search.history import Event
 from search.trial import Report, Trial, TrialState, best
 
@@ -162,6 +163,7 @@ def trial_tags(study: Mapping[str, Any], key: Key, trial: Trial, parent: str) ->
         "heldout.seed": str(trial.seed),
         "heldout.history_length": str(trial.history_length),
         "heldout.baseline": str(key[0] == 0).lower(),
+        **({} if (asked := source(trial)) is None else {"heldout.enqueued": asked}),
         **_common_tags(study),
         **({} if trial.text is None else {"heldout.space_digest": trial.text}),
     }
@@ -290,9 +292,21 @@ def _common_tags(study: Mapping[str, Any]) -> dict[str, str]:
         "heldout.study": study["name"],
         "heldout.space_digest": str(study["space"].get("digest")),
         "heldout.data_digest": str((study.get("data") or {}).get("digest")),
+        **_warm_start_tags(study),
         "mlflow.user": str(study.get("user") or "unknown"),
         "mlflow.source.name": str(study["space"].get("path") or study["space"]["name"]),
         "mlflow.source.type": "LOCAL",
+    }
+
+
+def _warm_start_tags(study: Mapping[str, Any]) -> dict[str, str]:
+    earlier = study.get("warm_start") or []
+    if not earlier:
+        return {}
+    other_data = any(one["other_data"] for one in earlier)
+    return {
+        "heldout.warm_start": ", ".join(one["study"] for one in earlier),
+        "heldout.warm_start_other_data": str(other_data).lower(),
     }
 
 

@@ -57,15 +57,16 @@ class Slots:
         self._free.remove(chosen.index)
         return chosen.whole()
 
+    def gpus(self, slot: Slot) -> float:
+        """How many GPUs a trial in this slot has; of one that is shared, its share."""
+        if slot.memory_share is None:
+            return float(len(slot.gpus))
+        return sum(1 / sum(gpu in other.gpus for other in self._slots) for gpu in slot.gpus)
+
     def give_back(self, slot: Slot) -> None:
         """The trial in this slot is over."""
         self._free.add(slot.index)
         self._kept.pop(slot.index, None)
-
-    @property
-    def all_free(self) -> bool:
-        """Whether nothing runs in any slot."""
-        return len(self._free) == len(self._slots)
 
     def _around(self, slot: Slot, alone: Alone) -> frozenset[int]:
         """Slots that share memory with this one."""

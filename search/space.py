@@ -219,6 +219,22 @@ class Space:
             self._signatures[given] = tuple(sorted(self.restricted(params).items()))
         return self._signatures[given]
 
+    @cached_property
+    def always(self) -> tuple[Parameter, ...]:
+        """Parameters that every recorded build gave a value, in order of first ask."""
+        given = [
+            ({n for n, value in zip(trace.asked, trace.values, strict=True) if value is not None}, trace.complete)
+            for trace in self.traces
+        ]
+        built = {number for asked, complete in given if not complete for number in asked}
+        # A trace that ends with the build says nothing about what training asks for.
+        kept = (
+            number
+            for number in range(len(self.declared))
+            if all(number in asked or not (complete or number in built) for asked, complete in given)
+        )
+        return tuple(self.declared[number] for number in kept)
+
     def sample(self, rng: random.Random) -> dict[str, Value]:
         """A configuration from the prior: active parameters only."""
         return self.walk(lambda parameter: parameter.domain.sample(rng))

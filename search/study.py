@@ -7,7 +7,6 @@ import dataclasses
 import math
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search import disk, journal_file, secrecy
+from search.ends import Ends
 from search.errors import RequestError, StudyError
 from search.finalists import SEEDS, Confirmation, confirmation
 from search.journal import Journal
 from search.keeping import KEEP
 from search.lock import driver_of
+from search.samplers import AUTO, default_for
 from search.space import Space
 from search.trial import Trial, best
 
@@ -36,7 +37,16 @@ class StudyConfig:
     Attributes:
         space: Path, dotted name, or short name of the space module.
         trials: Trials in all, the baseline included.
-        sampler: Name in ``samplers.SAMPLERS``.
+        sampler: Name in ``samplers.SAMPLERS``; ``"auto"`` becomes the one that measured best for so many trials.
+        enqueue: File of configurations to try first, or None.
+        warm_start: Names of studies whose best configurations are tried first, and whose history samplers learn from.
+        warm_start_other_data: Allows studies of other rows, or of another split; marks this study for it.
+        pruner: Name in ``pruners.PRUNERS``.
+        grace: Epochs that every trial gets before the pruner may stop it; None for a tenth of what trials have.
+        timeout: Seconds of trials running, in all launches and resumes, after which no further one begins; or None.
+        stop_after_stale: The same after so many trials in a row without a gain above one standard error, or None.
+        max_gpu_hours: The same after so many hours of GPUs, or None.
+        target: The same once a validation score has reached it, or None.
         workers: CPU slots, or None for one per core.
         gpus: ``"auto"``, ``"none"``, or device numbers such as ``"0,1"``.
         trials_per_gpu: Trials that share one GPU.
@@ -70,7 +80,16 @@ class StudyConfig:
 
     space: str
     trials: int = 30
-    sampler: str = "tpe"
+    sampler: str = AUTO
+    enqueue: str | None = None
+    warm_start: Sequence[str] = ()
+    warm_start_other_data: bool = False
+    pruner: str = "none"
+    grace: int | None = None
+    timeout: float | None = None
+    stop_after_stale: int | None = None
+    max_gpu_hours: float | None = None
+    target: float | None = None
     workers: int | None = None
     gpus: str | None = None
     trials_per_gpu: int | None = None
@@ -96,7 +115,8 @@ class StudyConfig:
     tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("trials", "epochs", "workers", "trials_per_gpu", "gpus_per_trial", "confirm_seeds", "keep"):
+        whole = ("trials", "epochs", "workers", "trials_per_gpu", "gpus_per_trial", "confirm_seeds", "keep", "grace")
+        for name in (*whole, "stop_after_stale"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise RequestError(f"{_flag(name)} must be a whole number of at least 1, but got {value!r}")
@@ -106,6 +126,14 @@ class StudyConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise RequestError(f"{_flag(name)} must be a whole number of at least 0, but got {value!r}")
+        for name in ("timeout", "max_gpu_hours"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise RequestError(f"{_flag(name)} must be a number above 0, but got {value!r}")
+        if self.target is not None and not math.isfinite(self.target):
+            raise RequestError(f"--target must be a score, a finite number, but got {self.target!r}")
+        if self.grace is not None and self.pruner == "none":
+            raise RequestError(f"--grace {self.grace} is for a pruner, but there is none; add --pruner asha")
         if self.trial_timeout is not None and not self.trial_timeout > 0:
             raise RequestError(f"--trial-timeout must be seconds above 0, but got {self.trial_timeout!r}")
         if not self.heartbeat >= 0:
@@ -128,6 +156,14 @@ class StudyConfig:
                 f"--final must be retrain, but got {self.final!r}; a model trained on every row is written by "
                 "`heldout export STUDY --out DIR --final all`, since nothing is left to test it"
             )
+        if self.sampler == AUTO:
+            object.__setattr__(self, "sampler", default_for(self.trials))
+        if self.enqueue is not None:
+            object.__setattr__(self, "enqueue", os.fspath(self.enqueue))
+        given = (self.warm_start,) if isinstance(self.warm_start, str) else tuple(dict.fromkeys(self.warm_start))
+        object.__setattr__(self, "warm_start", given)
+        if self.warm_start_other_data and not given:
+            raise RequestError("--warm-start-other-data goes with --warm-start STUDY, but there is none; leave it out")
         object.__setattr__(self, "env", secrecy.check_variables(self.env))
         if self.max_disk is not None and disk.parse_size(self.max_disk, "--max-disk") <= 0:
             raise RequestError(f"--max-disk must be above 0, but got {self.max_disk!r}")
@@ -138,9 +174,15 @@ class StudyConfig:
         """How a search of so many trials is confirmed; of the planned number by default."""
         return confirmation(self.trials if trials is None else trials, self.confirm, self.confirm_seeds)
 
+    @property
+    def ends(self) -> Ends:
+        """What ends the search."""
+        return Ends(self.trials, self.timeout, self.stop_after_stale, self.max_gpu_hours, self.target)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object for journal and MLflow."""
-        return dataclasses.asdict(self) | {"tags": dict(self.tags), "env": list(self.env)}
+        lists = {"env": list(self.env), "warm_start": list(self.warm_start)}
+        return dataclasses.asdict(self) | {"tags": dict(self.tags)} | lists
 
 
 def config_of(journal: Journal) -> StudyConfig:
@@ -198,38 +240,6 @@ def workspace_id(folder: Path) -> str:
             os.link(draft, file)
         draft.unlink()
     return file.read_text().strip()
-
-
-def reserve(workspace: Path, name: str | None, space: str) -> Path:
-    """Make the new study's folder, which takes its name.
-
-    Raises:
-        StudyError: If the given name is taken.
-    """
-    studies = workspace / "studies"
-    if name is not None:
-        try:
-            (studies / check_name(name)).mkdir()
-        except FileExistsError:
-            began = False
-            with contextlib.suppress(RequestError):
-                began = Study(name, workspace).meta("state") is not None
-            way = f"continue it with `heldout resume {name}`" if began else f"remove it by `heldout delete {name}`"
-            raise StudyError(f"there is a study called {name!r} already; {way}, or choose another --study") from None
-        return studies / name
-    base = re.sub(r"[^A-Za-z0-9._-]|\.(?=\.)", "_", space).lstrip("._-")[:90] or "study"
-    number = 1
-    while True:
-        try:
-            (studies / f"{base}-{number}").mkdir()
-            return studies / f"{base}-{number}"
-        except FileExistsError:
-            number += 1
-
-
-def release(folder: Path) -> None:
-    """Take back ``reserve``: nothing half-written stays of a study that never began."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def names(workspace: str | os.PathLike[str] | None = None) -> list[str]:

@@ -193,7 +193,7 @@ def _make_file(file: Path) -> None:
 
     draft = file.with_name(f"{file.name}.{os.getpid()}.new")
     try:
-        with tempfile.TemporaryDirectory(prefix="heldout-") as folder:
+        with tempfile.TemporaryDirectory(prefix=publishing.scratch_prefix(os.getpid())) as folder:
             made = Path(folder) / "mlflow.db"
             MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
             shutil.copyfile(made, draft)

@@ -73,12 +73,17 @@ def build(module: SpaceModule, hp: TracingHyperParameters) -> keras.Model:
 
 
 class Reporter(keras.callbacks.Callback):
-    """Sends Keras' logs after every epoch and ends the trial when the loss is not a number."""
+    """Sends Keras' logs after every epoch and ends the trial when the loss is not a number.
 
-    def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
+    Args:
+        send: May wait there for the driver, and may raise to end the training.
+        most: Epochs that there can be.
+    """
+
+    def __init__(self, send: Callable[[dict[str, Any]], None], most: int) -> None:
         super().__init__()
         self.epochs: list[dict[str, float]] = []
-        self._send = send
+        self._send, self._most = send, most
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Report one epoch."""
@@ -96,7 +101,7 @@ class Reporter(keras.callbacks.Callback):
             self._report(step, metrics)
 
     def _report(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._send({"type": "report", "step": step, "metrics": metrics})
+        self._send({"type": "report", "step": step, "of": self._most, "metrics": metrics})
 
 
 def fit(
@@ -132,7 +137,7 @@ def fit(
     most = epochs or int(hp.values.get("epochs", module.epochs or DEFAULT_EPOCHS))
     batch = int(hp.values.get("batch_size", DEFAULT_BATCH))
     own = module.fit
-    reporter = Reporter(send)
+    reporter = Reporter(send, most)
     stopping = keras.callbacks.EarlyStopping(
         monitor=objective,
         mode=direction,

@@ -74,11 +74,13 @@ class Trial:
             None for a trial of the search itself.
         text: Digest of the module text that it runs; None in records of older versions, for the one that the study
             was launched with.
-        score: The scorer's value on validation rows, in the objective's own units.
-        loss: ``score`` turned so that lower is better; None unless the trial is complete.
+        score: The scorer's value on validation rows, in the objective's own units. Of a pruned trial the value it was
+            judged by, Keras' own: the best up to the epoch that it reached; None if that is no finite number.
+        loss: ``score`` turned so that lower is better; None unless the trial is complete or pruned.
         epochs: Epochs finished; best_epoch: the one whose weights were kept (from 1).
         size: Number of weights in the model.
-        extra: JSON for people and export (devices seen, what Keras reported, the model's declaration).
+        extra: JSON for people and export (devices seen, what Keras reported, the model's declaration); ``gpus``, how
+            many it had, and ``error``, the standard error of ``score``, for the ends of a study that count with them.
     """
 
     number: int

@@ -86,6 +86,9 @@ class View:
             mark = f"  confirms trial {trial.confirms}"
         if trial.state is TrialState.COMPLETE:
             said = f"{number(trial.score)} after {trial.epochs} epochs, {trial.seconds or 0:.1f} s{mark}"
+        elif trial.state is TrialState.PRUNED:
+            worth = "" if trial.score is None else f" at {number(trial.score)}"
+            said = f"stopped early after {trial.epochs} epochs{worth}, {trial.seconds or 0:.1f} s"
         else:
             said = f"{trial.state} ({trial.reason}: {trial.message})"
         return f"trial {trial.number} [{len(self._ended)}{of}] {said}  {_params(trial.params)}"
@@ -118,8 +121,10 @@ class View:
         winner = best(self._ended)
         baseline = next((t for t in self._ended if t.number == 0 and t.state is TrialState.COMPLETE), None)
         failed = sum(t.state is TrialState.FAILED for t in self._ended)
+        pruned = sum(t.state is TrialState.PRUNED for t in self._ended)
         of = f" of {self._planned}" if self._planned else ""
-        parts = [f"{len(self._ended)}{of} trainings ended"] + ([f"{failed} failed"] if failed else [])
+        parts = [f"{len(self._ended)}{of} trainings ended"]
+        parts += ([f"{pruned} stopped early"] if pruned else []) + ([f"{failed} failed"] if failed else [])
         if winner is not None:
             parts.append(f"best {number(winner.score)} (trial {winner.number})")
         if baseline is not None:

@@ -11,16 +11,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from search import devices, disk, finalists, jobs, keeping, places, publishing, secrecy
+from search import devices, disk, enqueueing, finalists, jobs, keeping, places, publishing, secrecy, warm_start
 from search.driver import Driver
 from search.errors import DiskFull, ExecutorError, RequestError, StudyStopped, TrialFailed
 from search.executors.local import LocalExecutor, start_method
 from search.journal import Journal
 from search.lock import locked
 from search.problem import Problem, find
-from search.samplers import get_sampler
+from search.pruners import get_pruner
+from search.reserving import clear, release, reserve
+from search.samplers import check_space, get_sampler
 from search.stopping import Stopping
-from search.study import Study, StudyConfig, config_of, make_workspace, release, reserve, workspace_folder, workspace_id
+from search.study import Study, StudyConfig, config_of, make_workspace, workspace_folder, workspace_id
 from search.surroundings import FINISH, Calm
 from search.trial import Trial, searched
 from search.watcher import Silent, Watcher
@@ -46,28 +48,36 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
 
     watcher = watcher or Silent()
     problem = find(config.space)
-    get_sampler(config.sampler)
+    chosen = get_sampler(config.sampler)
+    asked_first = enqueueing.read(config.enqueue)
+    enqueueing.check_room(config.trials, asked_first, config.enqueue)
+    get_pruner(config.pruner)
     start_method(config.start_method)
     slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
+    jobs.check_ends(config, slots)
     workspace = workspace_folder(config.workspace)
+    earlier_studies = warm_start.studies(config, workspace)
     asked = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     uri = publishing.anchored(asked) if asked else publishing.default_uri(workspace)
     disk.check(workspace)
     make_workspace(workspace)
     publishing.check_uri(uri)
     folder = reserve(workspace, config.study, problem.name)
-    began = False
+    began = mine = False
     try:
-        with (
-            locked(folder) as hold,
-            Stopping(folder) as stopping,
-            jobs.start_executor(slots, problem, folder, config.start_method, config.env, (hold,)) as executor,
-        ):
+        with contextlib.ExitStack() as held_open:
+            hold = held_open.enter_context(locked(folder))
+            clear(folder)
+            mine = True
+            stopping = held_open.enter_context(Stopping(folder))
+            executor = held_open.enter_context(
+                jobs.start_executor(slots, problem, folder, config.start_method, config.env, (hold,))
+            )
             if held := [name for name in secrecy.withheld(os.environ) if name in problem.source]:
                 watcher.say(
                     f"{', '.join(held)} may be secrets, so trials are not given them; --env {held[0]} hands one over"
                 )
-            watcher.say("loading the rows and building the default model")
+            watcher.say(f"loading the rows and building the default model (sampler {config.sampler})")
             Ledger().ready()  # before anything is paid for that could not be recorded
             journal = Journal.create(folder / "journal.sqlite", {})
             try:
@@ -78,8 +88,13 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
                             f"these test rows have been opened {times(earlier)} before: this study will leave "
                             "them sealed, unless it is launched with --evaluate yes"
                         )
+                    digest = prepared["manifest"]["digest"]
+                    learned = warm_start.record(earlier_studies, digest, config.warm_start_other_data)
                     journal.put("prepared", prepared)
-                    journal.put("study", _study_meta(folder.name, config, problem, prepared, uri, workspace))
+                    if learned:
+                        journal.put("warm_start", learned)
+                    meta = _study_meta(folder.name, config, problem, prepared, uri, workspace)
+                    journal.put("study", meta | {"warm_start": warm_start.brief(learned)})
                     discovery = {"problem": problem.to_json(), "seconds": jobs.DISCOVERY_SECONDS}
 
                     def begin(preflight: dict[str, Any]) -> None:
@@ -92,16 +107,22 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
                         tracker.ready()
                         if line := scoring.disagreement_line(preflight):
                             watcher.say(line)
+                        space = journal.space()
+                        check_space(chosen, space)
+                        room = config.trials - 1 - len(asked_first)
+                        wishes = [*asked_first, *warm_start.wishes(learned, space, room)]
                         kept = ("reported", "custom", "declaration", "size", "disagreement")
-                        journal.put("preflight", {key: preflight.get(key) for key in kept})
-                        journal.put("state", "RUNNING")
+                        with journal.one_commit():
+                            enqueueing.queue(journal, wishes, config.seed, watcher.say)
+                            journal.put("preflight", {key: preflight.get(key) for key in kept})
+                            journal.put("state", "RUNNING")
                         began = True
 
                     drive(folder, journal, executor, watcher, tracker, stopping, discovery, begin)
             finally:
                 journal.close()
     except BaseException as error:
-        if not began:
+        if mine and not began:
             release(folder)
         if isinstance(error, ExecutorError) and not began:
             raise RequestError(str(error)) from None
@@ -165,7 +186,9 @@ def drive(
         prepared["problem"],
         keep=folder / "guard",
         baseline=lambda: (journal.get("preflight") or {}).get("declaration"),
+        errors=config.stop_after_stale is not None,
     )
+    pruning = jobs.pruning(config, prepared, journal.space())
 
     def payload(trial: Trial, proposal: dict[str, Any] | None) -> dict[str, Any]:
         place = places.trial(folder, trial.number)
@@ -177,11 +200,12 @@ def drive(
             "epochs": config.epochs,
             "seed": trial.seed,
             "proposal": proposal,
-            "default": trial.number == 0,
+            "default": trial.number == 0 or enqueueing.source(trial) is not None,
             "preflight": trial.number == 0 and discovery is not None,
             "log": str(place / "log.txt"),
             "deterministic": config.deterministic,
             "checkpoint_minutes": config.checkpoint_minutes,
+            "rungs": pruning.rungs(trial),
         }
 
     def confirm(history: Sequence[Trial]) -> list[Trial]:
@@ -201,17 +225,18 @@ def drive(
         most = None if config.max_disk is None else disk.parse_size(config.max_disk)
         keeper = keeping.Keeper(folder, journal, most)
         driver = Driver(
-            trials=config.trials,
+            ends=config.ends,
             seed=config.seed,
             direction=prepared["direction"],
             journal=journal,
-            sampler=get_sampler(config.sampler),
+            sampler=warm_start.sampler(journal, config),
             executor=executor,
             judge=judge,
             payload=payload,
             discovery=discovery,
             on_preflight=on_preflight,
             confirm=confirm,
+            pruning=pruning,
             text=Problem(**prepared["problem"]).digest,
             watcher=watcher,
             supervisor=jobs.supervisor(config, executor),

@@ -9,21 +9,15 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from search import failing
 from search.errors import DataError, HeldoutError, SpaceError, TrialFailed
 from search.problem import Problem, SpaceModule, first_line
+from search.rungs import Channel, Stopped, asking
 from search.space import Parameter
 
 JobResult = dict[str, Any]
-
-
-class Channel(Protocol):
-    """What a job needs of its connection to the driver."""
-
-    def send(self, body: dict[str, Any]) -> None:
-        """Send one JSON object."""
 
 
 def main(job: dict[str, Any], channel: Channel) -> None:
@@ -33,7 +27,9 @@ def main(job: dict[str, Any], channel: Channel) -> None:
     wrong, the name of the class in ``errors``.
     """
     try:
-        result = JOBS[job["kind"]]({**job["payload"], "slot": job.get("slot")}, channel.send)
+        rungs = job["payload"].get("rungs")
+        send = asking(channel, rungs) if rungs else channel.send
+        result = JOBS[job["kind"]]({**job["payload"], "slot": job.get("slot")}, send)
     except BaseException as error:
         traceback.print_exc()
         channel.send(failing.told(error, bool((job.get("slot") or {}).get("gpus"))))
@@ -201,7 +197,10 @@ class _Trial:
 
 
 def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
-    """Build, fit, and predict validation and guard features with the chosen weights."""
+    """Build, fit, and predict validation and guard features with the chosen weights.
+
+    One that was told to stop predicts nothing and leaves nothing; its result is ``asks`` and ``stopped`` alone.
+    """
     from search import checkpoints, devices, preflight, training
 
     folder = Path(payload["folder"])
@@ -216,6 +215,9 @@ def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
         weights = folder / "model.weights.h5"
         training.save(running.model, weights)
         preflight.refuse_secrets(weights, running.module.problem.path)
+    except Stopped:
+        checkpoints.remove(folder)
+        return {"asks": [] if running is None else running.hp.asks, "stopped": True}
     except BaseException as error:
         # What it asked for is part of the record of a failed trial too.
         if running is not None:

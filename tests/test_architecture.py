@@ -20,19 +20,21 @@ LAYERS = (
     {"secrecy"},
     {"trial", "disk", "channel", "problem", "rows", "metrics", "chain", "journal_copy", "lock"},
     {"domain", "traces", "split", "ranks", "intervals", "ledger", "template", "publishing", "watcher", "finalists"},
-    {"journal_file", "usage", "retries", "surroundings", "supervision"},
+    {"journal_file", "usage", "retries", "surroundings", "supervision", "pruners", "ends"},
     {"space", "store", "leakage"},
-    {"data", "failing"},
+    {"data", "failing", "rungs"},
     {"history", "tracing", "declaration", "scoring"},
     {"fused", "checkpoints"},
     {"feeding", "few_errors"},
-    {"journal", "runs", "statistics", "salvage"},
+    {"journal", "statistics", "salvage"},
+    {"enqueueing"},
+    {"runs"},
     {"publisher", "verdicts", "candidates", "places"},
     {"samplers", "executors", "keeping", "tracking", "registry", "training", "selection"},
     {"custom_metric", "preflight", "study", "devices", "slots", "discovery", "recording"},
-    {"attempt"},
+    {"attempt", "agenda", "warm_start"},
     {"driver"},
-    {"judge", "worker", "stopping", "repairing", "lifecycle", "removing"},
+    {"judge", "worker", "stopping", "repairing", "lifecycle", "removing", "reserving"},
     {"jobs", "belief", "picture", "garbage"},
     {"report"},
     {"final", "winner"},
@@ -62,8 +64,8 @@ STDLIB_ONLY = {
     *("errors", "trial", "space", "domain", "traces", "history", "journal", "journal_file", "journal_copy", "driver"),
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
     *("usage", "retries", "surroundings", "supervision", "recording", "slots", "discovery", "attempt"),
-    *("lock", "stopping", "salvage", "repairing", "secrecy", "watcher"),
-    *("places", "disk", "keeping", "lifecycle", "garbage"),
+    *("enqueueing", "warm_start", "lock", "stopping", "salvage", "repairing", "secrecy", "watcher"),
+    *("places", "disk", "keeping", "lifecycle", "garbage", "reserving", "pruners", "ends", "agenda"),
 }
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
@@ -77,6 +79,9 @@ SLOW = {
     "sklearn": set(),
     "matplotlib": {"picture"},
     "pandas": set(),
+    "optuna": set(),
+    "cmaes": set(),
+    "torch": set(),
 }
 
 # Files of trial-side and tracking processes that get a slow import from another file's top.

@@ -10,6 +10,7 @@ import pytest
 
 from search.attempt import Verdict
 from search.driver import MOST_FAILURES_IN_A_ROW, Driver
+from search.ends import Ends
 from search.errors import SpaceError, StudyFailed, TrialFailed
 from search.executors import Exited, Job, Lost, Message, Slot
 from search.executors.inline import InlineExecutor
@@ -89,7 +90,7 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 def driver(journal: Journal, body: Body | Any, *, trials: int = 12, slots: int = 1, **changes: Any) -> Driver:
     executor = changes.pop("executor", None) or InlineExecutor(body, [Slot(n, 1) for n in range(slots)])
     settings: dict[str, Any] = {
-        "trials": trials,
+        "ends": Ends(trials),
         "seed": 7,
         "direction": "max",
         "journal": journal,

@@ -205,8 +205,7 @@ def test_a_driver_killed_at_fifty_random_moments_loses_nothing(tmp_path: Path) -
                 continue
             study = Study(name, workspace)
             if study.meta("state") is None:
-                assert not said  # it never began, and its name is taken by what is left: as after a reboot
-                subprocess.run(["rm", "-r", str(study.folder)], check=True)
+                assert not said  # it never began; the next launch takes its name over
                 continue
             trials = {t.number: t for t in study.trials}
             for number, score in said.items():

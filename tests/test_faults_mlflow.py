@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ with warnings.catch_warnings():
 from tests.conftest import ROOT, Heldout
 from tests.proxy import proxy
 from tests.tiny import write_space
-from tests.tracked import Driver, Tracked, free_port, study
+from tests.tracked import PATIENCE, Driver, Tracked, free_port, study, until
 
 pytestmark = [
     pytest.mark.faults,
@@ -40,7 +40,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:::(mlflow|sqlalchemy|alembic|google|pydantic)"),
 ]
 # Far more than anything here takes, even on a busy machine: it bounds a failure, not a success.
-PATIENCE = 120.0
 TRIALS = 6
 PLAN = ("--trials", str(TRIALS), "--workers", "1", "--evaluate", "no", "--confirm", "0", "--study", "s")
 # Trials hold at an epoch's beginning for as long as a file is there.
@@ -57,15 +56,6 @@ class Holding(keras.callbacks.Callback):
 def callbacks(hp):
     return [Holding()]
 """
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError("waited in vain")
 
 
 @pytest.fixture(scope="module")

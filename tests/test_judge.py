@@ -16,6 +16,7 @@ from search import custom_metric, metrics, scoring
 from search.attempt import Verdict
 from search.data import Dataset, OpenRows, SealedRows, prepare
 from search.driver import Driver
+from search.ends import Ends
 from search.errors import DataError, TrialFailed
 from search.executors import Slot
 from search.executors.inline import InlineExecutor
@@ -277,7 +278,7 @@ def searched(stored: Stored, name: str, objective_of: Any = lambda number: None)
 
     with Journal.create(stored.folder / f"{name}.sqlite", {}) as journal:
         driver = Driver(
-            trials=12,
+            ends=Ends(12),
             seed=3,
             direction="max",
             journal=journal,

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from search.errors import RequestError, StudyError
 from search.export import export
 from search.journal import Journal
+from search.lock import locked
+from search.reserving import clear, never_began, reserve
 from search.runs import Names
-from search.study import Study, check_name, make_workspace, names, reserve
+from search.study import Study, check_name, make_workspace, names
 from tests.conftest import Heldout
 
 ODD = st.text(st.sampled_from("./\\~:@%- _a0\n\0é")) | st.text()
@@ -84,6 +86,49 @@ def test_a_link_in_the_place_of_a_study_is_not_followed(recorded: Path) -> None:
     assert names(recorded) == []
     with pytest.raises(StudyError, match="there is a study called 's' already"):
         reserve(recorded, "s", "space")
+
+
+@pytest.mark.parametrize("left", ["nothing", "locks", "rows", "journal", "study"])
+def test_what_a_launch_left_before_its_study_began_is_taken_over(recorded: Path, left: str) -> None:
+    """As a launch is killed between any two of its steps."""
+    folder = recorded / "studies" / "early"
+    folder.mkdir()
+    if left != "nothing":
+        with locked(folder):
+            pass
+    if left in ("rows", "journal", "study"):
+        (folder / "logs").mkdir()
+        (folder / "preprocess.keras").write_bytes(b"half")
+    if left in ("journal", "study"):
+        Journal.create(folder / "journal.sqlite", {"study": {"name": "early"}} if left == "study" else {}).close()
+    assert never_began(folder) and reserve(recorded, "early", "space") == folder
+    with locked(folder):
+        clear(folder)
+    assert {path.name for path in folder.iterdir()} == {"lock", "processes.lock"}
+    Journal.create(folder / "journal.sqlite", {"study": {"name": "early"}, "state": "RUNNING"}).close()
+    with pytest.raises(StudyError, match="there is a study called 'early' already; continue it with `heldout resume"):
+        clear(folder)
+
+
+def test_a_folder_of_somebody_elses_is_not_taken_over(recorded: Path) -> None:
+    theirs = recorded / "studies" / "mine"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("x")
+    with pytest.raises(StudyError, match="there is a study called 'mine' already"):
+        reserve(recorded, "mine", "space")
+    assert (theirs / "thesis.txt").exists()
+
+
+def test_a_study_that_is_being_launched_is_not_taken_from_its_driver(
+    recorded: Path, heldout: Heldout
+) -> None:
+    folder = recorded / "studies" / "early"
+    folder.mkdir()
+    with locked(folder):
+        (folder / "preprocess.keras").write_bytes(b"half")
+        ran = heldout("launch", "digits_mlp", "--study", "early", "--workspace", str(recorded))
+        assert ran.returncode == 2 and "is being driven already" in ran.stderr, ran.stderr
+        assert (folder / "preprocess.keras").exists()
 
 
 def test_a_workspace_may_be_a_link(recorded: Path) -> None:

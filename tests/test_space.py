@@ -408,6 +408,24 @@ def test_what_training_asks_for_joins_the_build_of_every_shape() -> None:
         assert space.active(params) == tuple(space.params_of(run(trained, params, space)))
 
 
+def test_what_every_configuration_has() -> None:
+    def trained(ask: Ask) -> None:
+        layers(ask)
+        if ask("batch_size", Domain("choice", values=(32, 64))) == 64:
+            ask("warm_up", SWITCH)
+
+    space = discovered(layers)
+    build = ["layers", "units_0", "drop_0", "optimizer", "learning_rate"]
+    assert [p.key for p in space.always] == build
+    for size in (32, 64):
+        space = space.grown(run(trained, {"batch_size": size}, space))
+        for seed in range(3):
+            space = space.grown(run(trained, {**space.sample(random.Random(seed)), "batch_size": size}, space))
+    assert {p.key for p in space.always} == {*build, "batch_size"}
+    assert [p.key for p in discovered(scopes).always] == ["kind", "last"]
+    assert Space.empty().always == ()
+
+
 def test_the_asks_of_a_build_give_way_to_those_of_the_whole_trial() -> None:
     build = run(lambda ask: ask("a", SWITCH), {}, Space())
     whole = [*build, *run(lambda ask: ask("batch_size", WIDTH), {}, Space())]

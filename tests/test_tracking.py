@@ -36,7 +36,7 @@ with warnings.catch_warnings():
     from search import publisher
     from search.publisher import Publisher
 
-from tests.tracked import Counting, Driver, Tracked, free_port, study
+from tests.tracked import Counting, Driver, Tracked, free_port, study, until
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:::(mlflow|sqlalchemy|alembic|google|pydantic)")
@@ -525,15 +525,6 @@ class TestTrouble:
 # ---- the process
 
 
-def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError("waited in vain")
-
-
 class TestProcess:
     def test_it_follows_a_study_to_its_end(self, launch: Open, sqlite_uri: str, workspace: Path) -> None:
         driver = launch(state=None)
@@ -581,6 +572,7 @@ class TestProcess:
         self, launch: Open, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delay: float
     ) -> None:
         (tmp_path / "temporary").mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
         monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
         with publishing.start(launch(state=None).folder, publishing.default_uri(workspace)):
             time.sleep(delay)
@@ -588,6 +580,18 @@ class TestProcess:
         # SQLite's own files stay beside a database whose writer was killed; the next one takes them up.
         names = {path.name.removesuffix("-wal").removesuffix("-shm") for path in workspace.iterdir()}
         assert names <= {"studies", "mlflow.db"}
+
+    @pytest.mark.faults
+    def test_nor_does_a_tracker_that_has_to_be_killed(
+        self, launch: Open, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "temporary").mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+        monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+        with publishing.start(launch(state=None).folder, publishing.default_uri(workspace)) as tracker:
+            until(lambda: any((tmp_path / "temporary").iterdir()))
+            os.kill(tracker._process.pid, signal.SIGSTOP)  # deaf to all but SIGKILL
+        assert list((tmp_path / "temporary").iterdir()) == []
 
     def test_a_study_that_never_began_leaves_no_run(self, launch: Open, sqlite_uri: str) -> None:
         driver = launch(state=None)

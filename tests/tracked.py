@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,19 @@ with warnings.catch_warnings():
     from mlflow.exceptions import MlflowException
 
     from search.publisher import Publisher
+
+
+PATIENCE = 120.0  # seconds, on a busy machine
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """The first true value of the condition."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")
 
 
 def free_port() -> int:

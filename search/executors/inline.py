@@ -5,7 +5,9 @@ For tests of the driver and for measuring what the driver itself costs.
 
 from __future__ import annotations
 
+import inspect
 import json
+import signal
 import time
 import traceback
 from collections import deque
@@ -23,17 +25,17 @@ class InlineExecutor:
 
     Args:
         function: Gets the job as the worker would, ``{"id", "kind", "payload", "slot"}``, and a function that
-            sends a message. An exception makes the job exit with 1 and goes to the job's log.
+            sends a message. An exception makes the job exit with 1 and goes to the job's log. A generator function
+            waits for the driver where it yields, and is given what ``send`` sends.
         slots: Where trials run; one by default.
     """
 
-    def __init__(
-        self, function: Callable[[dict[str, Any], Send], None], slots: Sequence[Slot] = (Slot(0, 1),)
-    ) -> None:
+    def __init__(self, function: Callable[[dict[str, Any], Send], Any], slots: Sequence[Slot] = (Slot(0, 1),)) -> None:
         self._function = function
         self._slots = tuple(slots)
         self._busy: dict[str, Slot | None] = {}
         self._events: deque[Event] = deque()
+        self._waiting: dict[str, tuple[Job, float, Any]] = {}  # when each began, and the rest of it
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -58,10 +60,24 @@ class InlineExecutor:
             # Through JSON, as a process would send it, so that a test cannot pass with what JSON cannot hold.
             self._events.append(Message(job.id, json.loads(json.dumps(body))))
 
-        began = time.monotonic()
+        def begin() -> Any:
+            rest = self._function(order, send)
+            if inspect.isgenerator(rest):
+                next(rest)
+            return rest
+
+        self._run(job, time.monotonic(), begin)
+
+    def _run(self, job: Job, began: float, step: Callable[[], Any]) -> None:
+        """Run the job to its end, or to where it waits; ``step`` returns what is left of it then."""
         code = 0
         try:
-            self._function(order, send)
+            rest = step()
+            if inspect.isgenerator(rest):
+                self._waiting[job.id] = job, began, rest
+                return
+        except StopIteration:
+            pass
         except Exception:
             code = 1
             if job.log is not None:
@@ -79,10 +95,23 @@ class InlineExecutor:
         return events
 
     def send(self, job_id: str, body: Mapping[str, Any]) -> None:
-        """Nothing: a submitted job has already ended."""
+        """Let a job that waits go on with this message; nothing happens to one that has ended."""
+        if job_id in self._waiting:
+            job, began, rest = self._waiting.pop(job_id)
+            said = json.loads(json.dumps(body))
+
+            def step() -> Any:
+                rest.send(said)
+                return rest
+
+            self._run(job, began, step)
 
     def kill(self, job_id: str) -> None:
-        """Nothing: a submitted job has already ended."""
+        """End a job that waits; nothing happens to one that has ended."""
+        if job_id in self._waiting:
+            _, began, rest = self._waiting.pop(job_id)
+            rest.close()
+            self._events.append(Exited(job_id, None, signal.SIGTERM, time.monotonic() - began))
 
     def cpu_seconds(self, job_id: str) -> float | None:
         """Not known: there is no process."""
@@ -96,6 +125,7 @@ class InlineExecutor:
         """Forget what was not polled."""
         self._events.clear()
         self._busy.clear()
+        self._waiting.clear()
 
     def __enter__(self) -> Self:
         self.start()

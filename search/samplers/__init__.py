@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,8 +13,12 @@ from search.errors import RequestError
 from search.space import Space
 from search.trial import Trial, Value, searched, seed_for
 
-__all__ = ["SAMPLERS", "Proposal", "Sampler", "get_sampler", "proposal_for", "propose"]
+__all__ = [
+    *("AUTO", "SAMPLERS", "Proposal", "Sampler"),
+    *("check_space", "default_for", "get_sampler", "proposal_for", "propose"),
+]
 
+AUTO = "auto"
 _ASKS = 20
 
 
@@ -39,7 +44,8 @@ class Sampler(Protocol):
         """Propose one configuration.
 
         Args:
-            history: All trials in order of their number, running ones too.
+            history: All trials in order of their number, running ones too. Those below 0 are of another study, which
+                this one was told to learn from; their configurations have not been tried here.
             space: What is known of the space now.
             seed: Any int; equal arguments give equal proposals.
         """
@@ -50,7 +56,21 @@ class Sampler(Protocol):
 SAMPLERS: Mapping[str, tuple[str, str]] = {
     "random": ("search.samplers.random", "RandomSampler"),
     "tpe": ("search.samplers.hyperopt", "TPESampler"),
+    "grid": ("search.samplers.grid", "GridSampler"),
+    "kt-bayesian": ("search.samplers.kerastuner", "BayesianOracleSampler"),
+    "optuna-tpe": ("search.samplers.optuna", "OptunaTPESampler"),
+    "optuna-gp": ("search.samplers.optuna", "OptunaGPSampler"),
+    "optuna-cmaes": ("search.samplers.cma", "CMAESSampler"),
+    "optuna-nsga2": ("search.samplers.optuna", "OptunaNSGA2Sampler"),
 }
+
+# The default: what measured best for so many trials at most, and beyond them all the last.
+_BEST: Sequence[tuple[float, str]] = ((300, "gp"), (math.inf, "tpe"))
+
+
+def default_for(trials: int) -> str:
+    """Name of the sampler that a search of so many trials gets if none is asked for."""
+    return next(name for most, name in _BEST if trials <= most and name in SAMPLERS)
 
 
 def get_sampler(name: str) -> Sampler:
@@ -62,11 +82,22 @@ def get_sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         near = difflib.get_close_matches(name.lower(), SAMPLERS, n=1, cutoff=0)
         raise RequestError(
-            f"the sampler must be one of {', '.join(SAMPLERS)}, but got {name!r}; did you mean {near[0]!r}?"
+            f"the sampler must be {AUTO} or one of {', '.join(SAMPLERS)}, but got {name!r}; did you mean {near[0]!r}?"
         )
     module, cls = SAMPLERS[name]
     sampler: Sampler = getattr(importlib.import_module(module), cls)()
     return sampler
+
+
+def check_space(sampler: Sampler, space: Space) -> None:
+    """See that a sampler can search the space.
+
+    Raises:
+        RequestError: If it cannot; says what to change.
+    """
+    check = getattr(sampler, "check", None)  # few have one
+    if check is not None:
+        check(space)
 
 
 def propose(sampler: Sampler, history: Sequence[Trial], space: Space, seed: int) -> Proposal | None:
@@ -78,7 +109,7 @@ def propose(sampler: Sampler, history: Sequence[Trial], space: Space, seed: int)
     Returns:
         The proposal, or None if the space is finite and every configuration in it has been tried.
     """
-    seen = {space.signature(trial.params) for trial in history}
+    seen = {space.signature(trial.params) for trial in history if trial.number >= 0}
     proposal = sampler.ask(history, space, seed)
     if space.signature(proposal.params) not in seen:
         return proposal

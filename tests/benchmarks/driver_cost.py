@@ -22,6 +22,7 @@ from search import publishing
 from search.attempt import Verdict
 from search.domain import Domain
 from search.driver import Driver
+from search.ends import Ends
 from search.executors.inline import InlineExecutor
 from search.journal import Journal
 from search.samplers import Proposal, Sampler, get_sampler
@@ -129,7 +130,7 @@ def idle_trials(name: str, trials: int, seed: int, folder: Path) -> tuple[list[f
             if not tracker.ready(timeout=120):
                 raise RuntimeError("the tracker must be ready first, but MLflow was silent for 120 s")
             driver = Driver(
-                trials=trials,
+                ends=Ends(trials),
                 seed=seed,
                 direction="min",
                 journal=journal,

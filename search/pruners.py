@@ -1,0 +1,206 @@
+"""Pruners: which trials stop early. Pure functions of what trials have reported, so a resume needs nothing else.
+
+A trial asks at *rungs*, numbers of epochs that are announced to it, and waits there for the answer. A value is that
+of the objective on validation rows as Keras reports it, the best of the epochs up to the rung, since the best epoch's
+weights are what a trial would keep; turned so that lower is better, and the worst there is where it is not a number.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from search.errors import RequestError
+from search.trial import Report, Trial
+
+__all__ = ["PRUNERS", "Curve", "Pruner", "Pruning", "get_pruner"]
+
+ETA = 3
+_STARTUP = 5  # trials that a median needs to mean anything
+
+
+class Curve:
+    """What one attempt of a trial has reported of the objective, epoch by epoch, turned so that lower is better."""
+
+    def __init__(self, values: Iterable[float] = ()) -> None:
+        self._best: list[float] = []
+        self._sums: list[tuple[float, int]] = []  # of what was finite, and how many that were
+        for value in values:
+            self.add(len(self._best) + 1, value)
+
+    def __len__(self) -> int:
+        return len(self._best)
+
+    def add(self, step: int, value: float) -> None:
+        """The value of an epoch, counted from 1. Of two for one epoch the first stands."""
+        while len(self._best) < step:
+            new = value if len(self._best) == step - 1 and not math.isnan(value) else math.inf
+            total, count = self._sums[-1] if self._sums else (0.0, 0)
+            self._sums.append((total + new, count + 1) if math.isfinite(new) else (total, count))
+            self._best.append(min(new, self._best[-1]) if self._best else new)
+
+    def best(self, step: int) -> float:
+        """The best value of the first ``step`` epochs, which must have been reported."""
+        return self._best[step - 1]
+
+    def mean(self, step: int) -> float:
+        """The mean of the values of the first ``step`` epochs, as far as they are numbers."""
+        total, count = self._sums[step - 1]
+        return total / count if count else math.inf
+
+
+class Pruner(Protocol):
+    """A pure function of its arguments."""
+
+    name: str
+
+    def rungs(self, grace: int, most: int) -> tuple[int, ...]:
+        """Numbers of epochs below ``most`` after which a trial asks; the first one is ``grace``."""
+        ...
+
+    def stops(self, own: Curve, others: Sequence[Curve], step: int) -> bool:
+        """Whether a trial shall stop at a rung.
+
+        Args:
+            own: Its curve, which has reached the rung.
+            others: Those of the other trials that have reached it, whatever became of them.
+            step: The rung.
+        """
+        ...
+
+
+class Off:
+    """Every trial runs to its end."""
+
+    name = "none"
+
+    def rungs(self, grace: int, most: int) -> tuple[int, ...]:
+        """No trial asks."""
+        return ()
+
+    def stops(self, own: Curve, others: Sequence[Curve], step: int) -> bool:
+        """Never."""
+        return False
+
+
+class Asha:
+    """Asynchronous successive halving, in its stopping variant.
+
+    Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning". A trial goes on from a rung if it is in
+    the best third of the values recorded there so far; while they are fewer than three, if none is better. Nobody
+    waits for a rung to fill.
+    """
+
+    name = "asha"
+
+    def rungs(self, grace: int, most: int) -> tuple[int, ...]:
+        """The grace period, and three times as many epochs each time."""
+        steps = (grace * ETA**k for k in itertools.count())
+        return tuple(itertools.takewhile(lambda step: step < most, steps))
+
+    def stops(self, own: Curve, others: Sequence[Curve], step: int) -> bool:
+        """Whether too many others are better; those that are as good are not."""
+        values = sorted(other.best(step) for other in others)
+        return bisect.bisect_left(values, own.best(step)) >= max(1, (len(values) + 1) // ETA)
+
+
+class Median:
+    """Vizier's median stopping rule (Golovin et al. 2017): a trial stops whose best value so far is worse than the
+    median of the other trials' running means up to the same epoch. Five others have to have come so far."""
+
+    name = "median"
+
+    def rungs(self, grace: int, most: int) -> tuple[int, ...]:
+        """Each multiple of the grace period."""
+        return tuple(range(grace, most, grace))
+
+    def stops(self, own: Curve, others: Sequence[Curve], step: int) -> bool:
+        """Whether its best is worse than what half of the others were worth on average."""
+        if len(others) < _STARTUP:
+            return False
+        return own.best(step) > statistics.median(other.mean(step) for other in others)
+
+
+PRUNERS: Mapping[str, type[Pruner]] = {"asha": Asha, "median": Median, "none": Off}
+
+
+def get_pruner(name: str) -> Pruner:
+    """The pruner of that name.
+
+    Raises:
+        RequestError: If there is none.
+    """
+    if name not in PRUNERS:
+        near = difflib.get_close_matches(name.lower(), PRUNERS, n=1, cutoff=0)
+        raise RequestError(
+            f"the pruner must be one of {', '.join(PRUNERS)}, but got {name!r}; did you mean {near[0]!r}?"
+        )
+    return PRUNERS[name]()
+
+
+def default_grace(epochs: int) -> int:
+    """Epochs that every trial of a study gets, where nobody says how many: a tenth of what its trials have."""
+    return max(1, round(epochs / 10))
+
+
+class Pruning:
+    """A pruner over one study's trials. Holds nothing that does not follow from the recorded reports.
+
+    The baseline and trainings that confirm are never asked for, and only the search's trials are compared; each by
+    its current attempt.
+
+    Args:
+        objective: The name by which Keras reports it.
+        direction: ``"min"`` or ``"max"``.
+        grace: Epochs that every trial gets.
+        most: The most epochs that a trial may have.
+    """
+
+    def __init__(self, pruner: Pruner, objective: str, direction: str, grace: int, most: int) -> None:
+        self._pruner, self._objective = pruner, objective
+        self._sign = 1.0 if direction == "min" else -1.0
+        self._rungs = pruner.rungs(grace, most)
+        self._curves: dict[int, tuple[int, Curve]] = {}  # trial number to its last attempt and what that reported
+
+    def rungs(self, trial: Trial) -> tuple[int, ...]:
+        """Where this trial asks, as far as it gets there: not at its last epoch or later."""
+        return () if trial.number == 0 or trial.confirms is not None else self._rungs
+
+    def recall(self, trials: Iterable[Trial], reports: Iterable[Report]) -> None:
+        """Take in what was recorded before."""
+        known = {trial.number: trial for trial in trials}
+        for report in reports if self._rungs else ():
+            self.heard(known[report.trial], report)
+
+    def heard(self, trial: Trial, report: Report) -> None:
+        """Take in a report, at once: what was decided is the same whether it is in the journal already or not yet."""
+        if not self._rungs or trial.confirms is not None:
+            return
+        attempt, curve = self._curves.get(trial.number, (-1, Curve()))
+        if report.attempt > attempt:
+            curve = Curve()
+        elif report.attempt < attempt:
+            return
+        value = report.metrics.get(self._objective)
+        if value is None and not len(curve):
+            return
+        self._curves[trial.number] = report.attempt, curve
+        curve.add(report.step, math.nan if value is None else self._sign * value)
+
+    def stops(self, trial: Trial, step: int) -> bool:
+        """Whether the trial, which waits at this rung, shall stop. One that never reported the objective goes on."""
+        _, own = self._curves.get(trial.number, (0, Curve()))
+        if step not in self.rungs(trial) or len(own) < step:
+            return False
+        others = (curve for number, (_, curve) in self._curves.items() if number != trial.number)
+        return self._pruner.stops(own, [curve for curve in others if len(curve) >= step], step)
+
+    def loss(self, trial: Trial, step: int) -> float | None:
+        """The value that it was judged by at this rung; None if that is no finite number."""
+        found = self._curves[trial.number][1].best(step)
+        return found if math.isfinite(found) else None
