@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,6 +103,10 @@ class Space:
     @cached_property
     def _signatures(self) -> dict[frozenset[tuple[str, Value]], Signature]:
         return {}  # every proposal is compared with the whole history
+
+    @cached_property
+    def _known(self) -> dict[int, tuple[Params, Signature]]:
+        return {}  # by identity, which is an order of magnitude faster to find
 
     @cached_property
     def _tree(self) -> TraceTree:
@@ -245,6 +249,16 @@ class Space:
             if all(number in asked or not (complete or number in built) for asked, complete in given)
         )
         return tuple(self.declared[number] for number in kept)
+
+    def signatures(self, recorded: Iterable[Params]) -> set[Signature]:
+        """Those of configurations that do not change any more, as a history's do not: each is worked out once."""
+        found = set()
+        for params in recorded:
+            known = self._known.get(id(params))
+            if known is None or known[0] is not params:
+                known = self._known[id(params)] = params, self.signature(params)
+            found.add(known[1])
+        return found
 
     def sample(self, rng: random.Random) -> dict[str, Value]:
         """A configuration from the prior: active parameters only."""

@@ -69,7 +69,7 @@ STDLIB_ONLY = {
 }
 
 # Files of such a part that nothing loads but their name, once a study asks for that sampler.
-BY_NAME = {"samplers/gp.py", "samplers/gaussian_process.py", "samplers/chart.py"}
+BY_NAME = {"samplers/gp.py", "samplers/gaussian_process.py", "samplers/chart.py", "samplers/tpe.py"}
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
 SLOW = {

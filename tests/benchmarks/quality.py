@@ -51,7 +51,8 @@ class Problem:
 
         with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # it leaves its file open
             table = HPOBench(data_set)
-        self.levels: Mapping[str, list[int | float]] = table.search_space
+        # KerasTuner takes values of one type: alpha's last one is an int among floats.
+        self.levels = {name: list(map(type(values[0]), values)) for name, values in table.search_space.items()}
         self.sizes = {name: len(values) for name, values in self.levels.items()}
         self.values = {
             tuple(map(int, key)): [1 - float(value) for value in row["val_acc"]] for key, row in table._dataset.items()
