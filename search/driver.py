@@ -13,7 +13,7 @@ from search.discovery import Discovery
 from search.ends import Ends
 from search.enqueueing import unbegun
 from search.errors import SpaceError, StudyFailed, StudyStopped, TrialFailed, request_error
-from search.executors import Executor, Exited, Job, Lost, Message, Slot, Warned, died
+from search.executors import Event, Executor, Exited, Job, Lost, Message, Slot, Warned, died
 from search.journal import Journal
 from search.pruners import Pruning
 from search.recording import Recording
@@ -27,6 +27,7 @@ from search.trial import Report, Trial, TrialState
 from search.watcher import Silent, Watcher
 
 MOST_FAILURES_IN_A_ROW = 10
+_AT_ONCE = 8  # trials that begin in one commit, so that the first need not wait for the proposals of the last
 _WAIT = 1.0  # seconds between tries to write to a full disk
 
 
@@ -91,6 +92,8 @@ class Driver:
         self._space: Space | None = None if discovery is not None else journal.space()
         self._seats = Slots(executor.slots)
         self._running: dict[str, Attempt] = {}
+        self._begun: list[tuple[Job, Trial, Slot]] = []  # to be submitted once that is recorded
+        self._hurries = False  # whether more could begin at once
         self._on_host: dict[int, bool] = {}  # of trials that ran out of memory: the machine's, or a GPU's
         first = journal.history()[:1]
         self._checked = discovery is None or bool(first and first[0].state.is_finished)
@@ -115,19 +118,24 @@ class Driver:
         if self._pruning is not None:
             self._pruning.recall(self._journal.history(), self._journal.reports())
         self._discovery.start()
+        events: Sequence[Event] = ()
         while True:
-            self._heed_stop()
-            self._fill()
+            with self._recording.round():
+                for event in events:
+                    self._handle(event)
+                events = ()
+                self._end_overdue()
+                self._heed_stop()
+                self._fill()
+            self._submit()
+            self._recording.flush()
+            self._tick()
             if not self._running and self._discovery.is_over and not self._more():
                 if self._agenda.confirming or self._stopping:
                     break
                 self._agenda.plan_confirmations()
                 continue
-            for event in self._executor.poll(0.25):
-                self._handle(event)
-            self._end_overdue()
-            self._recording.flush()
-            self._tick()
+            events = self._executor.poll(0.0 if self._hurries else 0.25)
         self._recording.flush(force=True)
         return "stopped" if self._stopping else self._agenda.end() or "exhausted"
 
@@ -158,7 +166,11 @@ class Driver:
         return not self._stopping and self._agenda.has_more()
 
     def _fill(self) -> None:
+        self._hurries = False
         while self._more() and self._recording.has_room():
+            self._hurries = len(self._begun) >= _AT_ONCE
+            if self._hurries:
+                return
             if self._running and self._agenda.waits():
                 return
             number, again = self._agenda.number, self._agenda.again
@@ -185,9 +197,15 @@ class Driver:
         payload = self._recording.durably(lambda: self._payload(running, proposal))
         job = Job(job_id(running), "trial", payload, log=payload.get("log"))
         self._running[job.id] = Attempt(running, slot)
-        self._executor.submit(job, slot)
-        self._supervisor.began(job.id, timed=True)
-        self._watcher.started(running)
+        self._begun.append((job, running, slot))
+
+    def _submit(self) -> None:
+        """Let the trials run whose beginning is recorded now."""
+        while self._begun:
+            job, trial, slot = self._begun.pop(0)
+            self._executor.submit(job, slot)
+            self._supervisor.began(job.id, timed=True)
+            self._watcher.started(trial)
 
     # ── events ───────────────────────────────────────────────────────────────────────────────
 
@@ -356,8 +374,8 @@ class Driver:
         elif trial.confirms is None:
             self._failures += trial.reason != "lost"
         self._leave(attempt)
-        self._watcher.ended(trial)
-        self._surroundings.ended(trial)
+        self._recording.then(lambda: self._watcher.ended(trial))
+        self._recording.then(lambda: self._surroundings.ended(trial))
         if self._failures >= MOST_FAILURES_IN_A_ROW:
             raise StudyFailed(
                 f"{MOST_FAILURES_IN_A_ROW} trials in a row failed, the last one ({trial.number}) with: "

@@ -9,11 +9,11 @@ Two streams and two side tables::
     guards    scores on guard rows, which no sampler may see: ``history`` does not read this table.
     meta      small JSON values by key; the only rows that are ever replaced.
 
-One process writes (the study's lock sees to that), any number read, while it writes. State is
-checked before a row is written, by the same function that replays the rows, so a journal opened again
-is what the writer held in memory. An object belongs to the thread that made it. Tables and settings of
-the file are in ``journal_file``. All but the reports goes to a second record as well, which
-``journal_copy`` owns: by it a loss is noticed on opening.
+Each write is a commit, synced twice; many share one in ``one_commit``, or by ``gathering`` and ``commit``. One
+process writes (the study's lock sees to that), any number read, while it writes. State is checked before a row is
+written, by the same function that replays the rows, so a journal opened again is what the writer held in memory. An
+object belongs to the thread that made it. Tables and settings of the file are in ``journal_file``. All but the reports
+goes to a second record as well, which ``journal_copy`` owns: by it a loss is noticed on opening.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class Journal:
         self._now = History()
         self._then = History()  # follows questions about the past, which tend to come in order
         self._grouped = False
+        self._gathers = False
+        self._gathered: list[tuple[str, journal_copy.Row]] = []  # in memory already, and not yet in the file
 
     @classmethod
     def create(cls, path: Path, meta: Mapping[str, Any], clock: Callable[[], float] = time.time) -> Journal:
@@ -108,7 +110,7 @@ class Journal:
     def put(self, key: str, value: Any) -> None:
         """Stores a JSON value under a key, in place of any other; committed on return."""
         text = dumps(value)
-        with self.one_commit():
+        with contextlib.nullcontext() if self._grouped else self._commit():
             last = self._connection.execute("SELECT max(put) FROM meta").fetchone()[0] or 0
             self._write("INSERT OR REPLACE INTO", "meta", (key, text, self._clock(), last + 1))
 
@@ -122,8 +124,6 @@ class Journal:
             DiskFull: If there is no room for it; the same writes can be tried again later.
             StudyFailed: If the file cannot be written.
         """
-        if self.read_only:
-            raise ValueError(f"{self.path} was opened read-only")
         if self._grouped:
             try:
                 yield
@@ -131,13 +131,59 @@ class Journal:
                 self._forget()
                 raise
             return
+        if not self._gathers:
+            with self._commit():
+                yield
+            return
+        before = len(self._gathered)
+        try:
+            yield
+        except BaseException:
+            del self._gathered[before:]
+            self._forget()
+            raise
+
+    @contextlib.contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Keeps the events and guard scores that are written inside in memory, until ``commit`` or a later write.
+
+        Histories show them at once, and the file does not, so nothing may be done outside by their word before the
+        commit; a disk that is full costs none of them. A meta value that is put inside takes them along.
+        """
+        self._gathers = True
+        try:
+            yield
+        finally:
+            self._gathers = False
+
+    @property
+    def has_gathered(self) -> bool:
+        """Whether the file lacks something."""
+        return bool(self._gathered)
+
+    def commit(self, reports: Sequence[Report] = ()) -> None:
+        """Writes what was gathered, and these reports, in one commit.
+
+        Raises:
+            DiskFull, StudyFailed: As ``one_commit``; what was gathered is kept then, and can be tried again.
+        """
+        with self._commit():
+            self.report(reports)
+
+    @contextlib.contextmanager
+    def _commit(self) -> Iterator[None]:
+        if self.read_only:
+            raise ValueError(f"{self.path} was opened read-only")
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             self._grouped = True
+            for table, row in self._gathered:
+                self._write("INSERT INTO", table, row)
             yield
             assert self._copy is not None
             with self._copy.following(self._records):
                 self._connection.execute("COMMIT")
+            self._gathered = []
         except BaseException as error:
             self._forget()
             with contextlib.suppress(sqlite3.Error):
@@ -246,12 +292,11 @@ class Journal:
         self._refresh()
         if not 0 <= attempt <= self._now.ran(number):
             raise ValueError(f"trial {number} has a guard score of attempt {attempt}, which never began")
-        if self._rows("SELECT 1 FROM guards WHERE trial = ? AND attempt = ?", (number, attempt)):
+        known = self._rows("SELECT 1 FROM guards WHERE trial = ? AND attempt = ?", (number, attempt))
+        if known or any(table == "guards" and row[:2] == (number, attempt) for table, row in self._gathered):
             raise ValueError(f"trial {number} has its guard score of attempt {attempt} already")
         # As JSON, because SQLite turns a NaN into a NULL.
-        row = (number, attempt, self._clock(), dumps({"value": value, "extra": extra}))
-        with self.one_commit():
-            self._write("INSERT INTO", "guards", row)
+        self._add("guards", (number, attempt, self._clock(), dumps({"value": value, "extra": extra})))
 
     # ---- reading
 
@@ -265,10 +310,6 @@ class Journal:
         """All trials in number order, as they were after the first ``length`` events (default: now)."""
         return self._state(length).trials()
 
-    def trials(self) -> tuple[Trial, ...]:
-        """All trials in number order, as they are now."""
-        return self.history()
-
     def space(self, length: int | None = None) -> Space:
         """The space as it was after the first ``length`` events (default: now)."""
         return self._state(length).space()
@@ -279,7 +320,10 @@ class Journal:
             "SELECT id, at, kind, trial, body FROM events WHERE id > ? AND id <= ? ORDER BY id",
             (after, 2**62 if upto is None else upto),
         )
-        return [Event(row[0], row[1], row[2], row[3], self._loaded(row[4])) for row in rows]
+        last = rows[-1][0] if rows else after  # while they are being committed, they are in both
+        rows += [row for table, row in self._gathered if table == "events" and row[0] > last]
+        found = [Event(row[0], row[1], row[2], row[3], self._loaded(row[4])) for row in rows]
+        return found if upto is None else [event for event in found if event.id <= upto]
 
     def reports(self, trial: int | None = None, after: int = 0) -> tuple[Report, ...]:
         """Reports in the order they were recorded, of one trial or of all.
@@ -318,9 +362,17 @@ class Journal:
         # What goes into memory is what a reader will get, after a round through JSON.
         event = Event(self._now.length + 1, self._clock(), kind, trial, json.loads(text))
         self._now.apply(event)
+        # The id is ours to say: if another driver wrote meanwhile this fails instead of interleaving.
+        self._add("events", (event.id, event.at, kind, trial, text))
+
+    def _add(self, table: str, row: journal_copy.Row) -> None:
+        if self._gathers and not self._grouped:
+            if self.read_only:
+                raise ValueError(f"{self.path} was opened read-only")
+            self._gathered.append((table, row))
+            return
         with self.one_commit():
-            # The id is ours to say: if another driver wrote meanwhile this fails instead of interleaving.
-            self._write("INSERT INTO", "events", (event.id, event.at, kind, trial, text))
+            self._write("INSERT INTO", table, row)
 
     def _write(self, insert: str, table: str, row: journal_copy.Row) -> None:
         self._connection.execute(f"{insert} {table} VALUES ({', '.join('?' * len(row))})", row)
@@ -338,7 +390,7 @@ class Journal:
         return self._then
 
     def _forget(self) -> None:
-        # What was applied in memory was not recorded: it is read again from the file when needed.
+        # What was applied in memory was not recorded: file and ``_gathered`` are read again when needed.
         self._now, self._then = History(), History()
 
     def _refresh(self) -> None:

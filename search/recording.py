@@ -1,9 +1,10 @@
-"""Writing a search into its journal: reports in batches, and patience while the disk is full."""
+"""Writing a search into its journal: reports in batches, a round in one commit, patience while the disk is full."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from search.errors import DiskFull
@@ -41,6 +42,49 @@ class Recording:
         self._full_at = -math.inf  # when the disk was last seen to be full
         self._reports: list[Report] = []
         self._flushed = 0.0
+        self._in_round = False
+        self._told: list[Callable[[], object]] = []
+
+    @contextlib.contextmanager
+    def round(self) -> Iterator[None]:
+        """Joins what is written inside into one commit, made at the end, also where an error ends it.
+
+        By then the history has it in memory alone: what nobody may know or do before it is recorded has to be left
+        to ``then``.
+        """
+        self._in_round = True
+        try:
+            with self._journal.gathering():
+                yield
+        except BaseException:
+            self._in_round = False
+            with contextlib.suppress(DiskFull):  # once, as there may be nobody who wants to wait
+                self._settle()
+            self._told = []
+            raise
+        self._in_round = False
+        self.durably(self._settle)
+
+    def then(self, tell: Callable[[], object]) -> None:
+        """Do this once all that was written so far is recorded: at once, or at the end of the round."""
+        self._told.append(tell)
+        if not self._in_round:
+            self._tell()
+
+    def _settle(self) -> None:
+        if self._journal.has_gathered:
+            self._journal.commit(self._reports)
+            self._reported()
+        self._tell()
+
+    def _tell(self) -> None:
+        told, self._told = self._told, []
+        for tell in told:
+            tell()
+
+    def _reported(self) -> None:
+        self._reports = []  # not before: a commit that fails takes the reports back as well
+        self._flushed = self._clock()
 
     def has_room(self) -> bool:
         """Whether the disk has room; says so when that changes."""
@@ -81,16 +125,17 @@ class Recording:
             self.write(lambda: None)
 
     def write(self, write: Callable[[], _T]) -> _T:
-        """What has been reported, and something more, in one commit."""
+        """What has been reported, and something more, in one commit; in a round, in the round's."""
 
         def all_or_nothing() -> _T:
             with self._journal.one_commit():
-                self._journal.report(self._reports)
+                if not self._in_round:
+                    self._journal.report(self._reports)
                 return write()
 
         done = self.durably(all_or_nothing)
-        self._reports = []  # not before: a commit that fails takes the reports back as well
-        self._flushed = self._clock()
+        if not self._in_round:
+            self._reported()
         return done
 
     def _pause(self, why: str) -> None:

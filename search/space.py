@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,6 +103,10 @@ class Space:
     @cached_property
     def _signatures(self) -> dict[frozenset[tuple[str, Value]], Signature]:
         return {}  # every proposal is compared with the whole history
+
+    @cached_property
+    def _known(self) -> dict[int, tuple[Params, Signature]]:
+        return {}  # by identity, which is an order of magnitude faster to find
 
     @cached_property
     def _tree(self) -> TraceTree:
@@ -208,6 +212,17 @@ class Space:
 
         return tuple(self.walk(value))
 
+    @cached_property
+    def questions(self) -> tuple[tuple[str, float | None], ...]:
+        """All that ``active`` depends on: keys, and the bound at which a key's values are parted, if there is one.
+
+        Configurations that answer these alike have the same active parameters.
+        """
+        parents = {name for parameter in self.declared for name, _ in parameter.conditions}
+        found = {(n, None) for n, parameter in enumerate(self.declared) if parameter.name in parents}
+        asked = sorted(found | self._tree.questions(), key=repr)
+        return tuple((self.declared[number].key, bound) for number, bound in asked)
+
     def restricted(self, params: Params) -> dict[str, Value]:
         """Only the active ones, in the order they are asked for."""
         return {key: params[key] for key in self.active(params) if key in params}
@@ -234,6 +249,16 @@ class Space:
             if all(number in asked or not (complete or number in built) for asked, complete in given)
         )
         return tuple(self.declared[number] for number in kept)
+
+    def signatures(self, recorded: Iterable[Params]) -> set[Signature]:
+        """Those of configurations that do not change any more, as a history's do not: each is worked out once."""
+        found = set()
+        for params in recorded:
+            known = self._known.get(id(params))
+            if known is None or known[0] is not params:
+                known = self._known[id(params)] = params, self.signature(params)
+            found.add(known[1])
+        return found
 
     def sample(self, rng: random.Random) -> dict[str, Value]:
         """A configuration from the prior: active parameters only."""

@@ -77,14 +77,29 @@ class TraceTree:
         last = next(reversed(list(asked)), None)
         if last not in self._passing:
             return None
-        if last not in self._decisions:
-            self._decisions[last] = self._decide(self._evidence(last, _LEVELS))
-        build, later = self._decisions[last]
+        build, later = self._decision(last)
         found = build.label(asked)
         if found == _LATER:
             found = _END if later is None else later.label(asked)
         # A mistaken prediction must not go round in circles: nothing is asked for twice.
         return None if found == _END or found in asked else found
+
+    def questions(self) -> set[tuple[int, float | None]]:
+        """All that decides what is asked for: number of a parameter, and the bound its values are parted at.
+
+        Without a bound each value is a case of its own.
+        """
+        found: set[tuple[int, float | None]] = set()
+        for last in self._passing:
+            for node in self._decision(last):
+                if node is not None:
+                    found |= node.questions()
+        return found
+
+    def _decision(self, last: int | None) -> tuple[_Node, _Node | None]:
+        if last not in self._decisions:
+            self._decisions[last] = self._decide(self._evidence(last, _LEVELS))
+        return self._decisions[last]
 
     def _evidence(self, last: int | None, levels: int) -> list[_Place]:
         """What is known of the place after ``last``: what was seen there, and where it was passed by.
@@ -193,6 +208,11 @@ class _Node:
     ) -> None:
         self._answer, self._number, self._bound = answer, number, bound
         self._branches, self._otherwise = branches or {}, otherwise
+
+    def questions(self) -> set[tuple[int, float | None]]:
+        if self._number is None:
+            return set()
+        return {(self._number, self._bound)}.union(*(branch.questions() for branch in self._branches.values()))
 
     def label(self, asked: Asked) -> int:
         if self._number is None or self._otherwise is None:

@@ -497,3 +497,51 @@ def test_other_guard_scores_leave_every_training_as_it_is(tmp_path: Path) -> Non
             seen.append([(t.number, t.confirms, dict(t.params), t.seed, t.score) for t in journal.history()])
             assert len(set(journal.guards().values())) > 1
     assert seen[0] == seen[1] and len(seen[0]) == 30
+
+
+def test_no_trial_starts_and_nobody_is_told_of_its_end_before_that_is_in_the_file(journal: Journal) -> None:
+    """As another process would see it, though many trials share a commit."""
+    seen: list[int] = []
+    reader = Journal.open(journal.path, read_only=True)
+
+    class Looking(InlineExecutor):
+        def submit(self, job: Job, slot: Slot | None) -> None:
+            if job.kind == "trial":
+                states = {t.number: (t.state, t.attempt) for t in reader.history()}
+                assert states[job.payload["number"]] == (TrialState.RUNNING, job.payload["attempt"])
+                seen.append(job.payload["number"])
+            super().submit(job, slot)
+
+    class Told(Silent):
+        def ended(self, trial: Trial) -> None:
+            assert reader.history()[trial.number] == trial and (trial.number, 0) in reader.guards()
+
+    slots = [Slot(n, 1) for n in range(20)]
+    body = study(RATE, UNITS, score=lambda p: p["rate"])
+    driver(journal, None, trials=60, executor=Looking(body, slots), watcher=Told()).run()
+    assert seen == list(range(60))
+    reader.close()
+
+
+def test_trials_that_begin_and_end_together_share_a_commit(journal: Journal) -> None:
+    commits = []
+    journal._connection.set_trace_callback(lambda text: commits.append(text) if text == "COMMIT" else None)
+    body = study(RATE, UNITS, score=lambda p: p["rate"])
+    driver(journal, None, trials=200, executor=InlineExecutor(body, [Slot(n, 1) for n in range(50)])).run()
+    assert len(commits) < 200 / 2  # where each of them took three
+
+
+def test_what_had_ended_is_recorded_when_the_search_is_given_up(journal: Journal) -> None:
+    class Quits(Silent):
+        def epoch(self, report: Any) -> None:
+            if report.trial == 7:
+                raise KeyboardInterrupt
+
+    slots = [Slot(n, 1) for n in range(10)]
+    body = study(RATE, score=lambda p: p["rate"])
+    with pytest.raises(KeyboardInterrupt):
+        driver(journal, None, executor=InlineExecutor(body, slots), watcher=Quits()).run()
+    with Journal.open(journal.path, read_only=True) as reader:
+        trials = reader.history()
+    assert [t.state for t in trials[:7]] == [TrialState.COMPLETE] * 7
+    assert all(t.state is TrialState.RUNNING for t in trials[7:])

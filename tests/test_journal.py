@@ -603,3 +603,80 @@ def test_a_new_file_is_whole_without_a_log(path: Path) -> None:
     with Journal.open(path) as journal:
         assert journal._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert journal.get("key") == 1
+
+
+class TestGathering:
+    """Many writes in one commit, that histories show before the file has them."""
+
+    def test_what_is_gathered_is_in_the_history_at_once_and_in_the_file_with_the_commit(
+        self, journal: Journal, path: Path
+    ) -> None:
+        journal.begin(running(0))
+        with journal.gathering():
+            journal.finish(complete(running(0)))
+            journal.guard(0, 0, 0.25)
+            journal.begin(running(1))
+            seen, length = journal.history(), journal.length
+            assert journal.history(1) == (running(0),) and len(journal.events()) == length
+            assert [event.id for event in journal.events(1)] == list(range(2, length + 1))
+            with Journal.open(path, read_only=True) as reader:
+                assert reader.history() == (running(0),) and reader.guards() == {}
+        assert journal.has_gathered
+        journal.commit([Report(1, 0, 1, 5.0, {"loss": 1.0})])
+        assert not journal.has_gathered
+        with Journal.open(path) as again:
+            assert again.history() == seen == (complete(running(0)), running(1)) and again.length == length
+            assert again.guards() == {(0, 0): (0.25, None)} and len(again.reports()) == 1
+        copied = journal_copy.read(path)
+        assert copied is not None and copied.is_sound and len(copied.rows["events"]) == length
+
+    def test_a_later_write_takes_along_what_was_gathered(self, journal: Journal, path: Path) -> None:
+        with journal.gathering():
+            journal.begin(running(0))
+            journal.put("state", "RUNNING")
+            assert not journal.has_gathered
+            journal.finish(complete(running(0)))
+        journal.begin(running(1))
+        with Journal.open(path, read_only=True) as reader:
+            assert reader.history() == (complete(running(0)), running(1))
+
+    def test_what_goes_wrong_inside_takes_back_its_own_writes_alone(self, journal: Journal) -> None:
+        with journal.gathering():
+            journal.begin(running(0))
+            with pytest.raises(KeyboardInterrupt), journal.one_commit():
+                journal.finish(complete(running(0)))
+                raise KeyboardInterrupt
+            assert journal.history() == (running(0),)
+            with pytest.raises(ValueError, match="attempt 0 of trial 0 has run|cannot go from"):
+                journal.begin(running(0))
+            assert journal.history() == (running(0),)
+            journal.guard(0, 0, 0.5)
+            with pytest.raises(ValueError, match="already"):
+                journal.guard(0, 0, 0.5)
+        journal.commit()
+        assert journal.history() == (running(0),) and journal.length == 1
+
+    def test_a_full_disk_costs_nothing_that_was_gathered(self, journal: Journal, path: Path) -> None:
+        journal.begin(running(0))
+        pages = journal._connection.execute("PRAGMA page_count").fetchone()[0]
+        with journal.gathering():
+            journal.finish(dataclasses.replace(complete(running(0)), extra={"text": "x" * 100_000}))
+            journal.begin(running(1))
+        seen = journal.history()
+        journal._connection.execute(f"PRAGMA max_page_count = {pages}")
+        for _ in range(2):
+            with pytest.raises(DiskFull):
+                journal.commit()
+            assert journal.history() == seen and journal.has_gathered
+        with Journal.open(path, read_only=True) as reader:
+            assert reader.history() == (running(0),)
+        journal._connection.execute(f"PRAGMA max_page_count = {1 << 30}")
+        journal.commit()
+        with Journal.open(path) as again:
+            assert again.history() == seen
+
+    def test_nothing_is_gathered_in_a_journal_that_is_only_read(self, journal: Journal, path: Path) -> None:
+        journal.begin(running(0))
+        with Journal.open(path, read_only=True) as reader, reader.gathering():
+            with pytest.raises(ValueError, match="read-only"):
+                reader.finish(complete(running(0)))

@@ -264,6 +264,25 @@ def test_a_journal_on_a_full_disk_is_written_once_there_is_room(journal: Journal
     assert len(journal.reports()) == 10 and len(journal.guards()) == 5
 
 
+def test_a_disk_that_is_full_at_the_commit_of_a_round_costs_nothing(journal: Journal) -> None:  # noqa: F811
+    real, failing, waited = journal.commit, [0, 2, 0, 0, 3, 1, 0], []
+
+    def commit(reports: Any = ()) -> None:
+        if failing and failing[0]:
+            failing[0] -= 1
+            raise DiskFull("the journal cannot be written")
+        del failing[:1]
+        real(reports)
+
+    journal.commit = commit  # type: ignore[method-assign]
+    driver(journal, WHOLE, trials=5, sleep=waited.append).run()
+    trials = journal.history()
+    assert [t.state for t in trials] == [TrialState.COMPLETE] * 5 and len(waited) == 6
+    assert len(journal.reports()) == 10 and len(journal.guards()) == 5
+    with Journal.open(journal.path, read_only=True) as reader:
+        assert reader.history() == trials
+
+
 class Asking(Calm):
     """Asks to stop once so many trials have ended."""
 

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from search.domain import Domain
 from search.errors import RequestError
 from search.samplers import SAMPLERS, Proposal, Sampler, check_space, default_for, get_sampler, propose
+from search.samplers.tpe import Seen, TPESampler, axis_of, ranks
 from search.space import Parameter, Space
 from search.trial import Trial, TrialState, Value
 from tests.conftest import run_heldout
@@ -332,12 +334,22 @@ def mean_of(history: Sequence[Trial], space: Space = LINE) -> float:
     return sum(drawn) / len(drawn)
 
 
-def test_pending_trials_do_not_end_the_random_start() -> None:
-    done = good_below(LINE, 19)
-    pending = [trial(19 + number, {"x": 0.5}) for number in range(30)]
+@pytest.mark.parametrize(("name", "start"), [("tpe", 10), ("hyperopt", 20), ("anneal", 20)])
+def test_pending_trials_do_not_end_the_random_start(name: str, start: int) -> None:
+    done = good_below(LINE, start - 1)
+    pending = [trial(start - 1 + number, {"x": 0.5}) for number in range(30)]
     for seed in range(5):
         expected = get_sampler("random").ask([], LINE, seed)
-        assert get_sampler("tpe").ask([*done, *pending], LINE, seed).params == expected.params
+        assert get_sampler(name).ask([*done, *pending], LINE, seed).params == expected.params
+    ended = [*good_below(LINE, start), *(trial(start + number, {"x": 0.5}) for number in range(30))]
+    assert any(
+        get_sampler(name).ask(ended, LINE, seed).params != get_sampler("random").ask([], LINE, seed).params
+        for seed in range(5)
+    )
+
+
+def test_tpe_leaves_pending_trials_out_of_its_start() -> None:
+    pending = [trial(20 + number, {"x": 0.5}) for number in range(30)]
     assert mean_of([*good_below(LINE, 20), *pending]) < 0.3
 
 
@@ -356,6 +368,72 @@ def test_trials_that_ended_badly_are_avoided(state: TrialState) -> None:
 
     history = [fate(t) for t in good_below(LINE, 60)]
     assert mean_of(history) > 0.45
+
+
+def test_what_goes_together_is_proposed_together() -> None:
+    """Half of the values of each parameter is as good as the other half; which of x goes with which of y is not."""
+    space = flat(x=Domain("float", 0, 1), y=Domain("float", 0, 1))
+
+    def loss(params: Any) -> float:
+        return abs(float(params["x"]) + float(params["y"]) - 1) + (abs(float(params["x"]) - 0.5) < 0.25)
+
+    share = {True: 0.0, False: 0.0}
+    for seed in range(30):
+        drawn = [space.sample(random.Random(f"{seed}/{number}")) for number in range(100)]
+        history = [trial(number, params, loss(params)) for number, params in enumerate(drawn)]
+        for joint in share:
+            found = TPESampler(joint=joint).ask(history, space, seed).params
+            share[joint] += ((float(found["x"]) < 0.5) != (float(found["y"]) < 0.5)) / 30
+    assert share[True] > 0.9 and share[False] < 0.8
+
+
+def test_a_pruned_trial_counts_by_how_far_it_came() -> None:
+    whole = [trial(0, {"x": 0.9}, 0.3), trial(1, {"x": 0.8}, 0.5)]
+    far, near = (
+        dataclasses.replace(trial(number, {"x": 0.1}, state=State.PRUNED), loss=loss, epochs=epochs)
+        for number, loss, epochs in ((2, 0.9, 9), (3, 0.1, 3))
+    )
+    failed, pending = trial(4, {"x": 0.2}, state=State.FAILED), trial(5, {"x": 0.2})
+    assert ranks([pending, failed, near, far, *reversed(whole)]) == [4, 5, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "domain",
+    [
+        Domain("float", 1e-5, 1.0, sampling="log"),
+        Domain("float", 0, 1, 0.1),
+        Domain("int", 0, 10**6),
+        Domain("int", 1, 1000, sampling="log"),
+        Domain("int", 8, 512, 2, sampling="log"),
+        Domain("float", 0.5, 0.99, sampling="reverse_log"),
+        Domain("choice", values=(8, 16, 32), ordered=True),
+        Domain("choice", values=("a", "b", "c")),
+        Domain("boolean"),
+    ],
+    ids=str,
+)
+def test_the_kernels_of_a_trial_have_a_mass_of_one(domain: Domain) -> None:
+    parameter = flat(x=domain).declared[0]
+    rng = random.Random(0)
+    history = [trial(number, {"x": domain.sample(rng)}, float(number)) for number in range(12)]
+    seen = Seen(history)
+    axis = axis_of(parameter, seen, seen.having(parameter), 0.5)
+    if axis.choices:
+        grid = np.arange(axis.choices, dtype=float)
+    else:
+        count = axis.cells or 200_000
+        grid = (np.arange(count) + 0.5) / count
+    assert axis.density(grid).mean(axis=0) == pytest.approx(np.ones(12), abs=1e-3)
+    drawn = [axis.draw(3, np.random.default_rng(seed)) for seed in range(50)]
+    assert all(0 <= place <= max(1, axis.choices - 1) for place in drawn)
+
+
+def test_a_long_history_is_looked_at_in_part() -> None:
+    history = history_of(LINE, 3000, lambda params: abs(float(params["x"]) - 0.7))
+    seen = Seen(history)
+    assert len(seen.history) <= 500 and seen.history[-1] is history[-1]
+    assert min(history, key=lambda one: one.loss or 0.0) in seen.history
+    assert abs(mean_of(history) - 0.7) < 0.1
 
 
 def test_a_rarely_active_parameter_learns() -> None:

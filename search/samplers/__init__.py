@@ -55,7 +55,10 @@ class Sampler(Protocol):
 # Where each one is defined, so that naming them imports none of them.
 SAMPLERS: Mapping[str, tuple[str, str]] = {
     "random": ("search.samplers.random", "RandomSampler"),
-    "tpe": ("search.samplers.hyperopt", "TPESampler"),
+    "tpe": ("search.samplers.tpe", "TPESampler"),
+    "gp": ("search.samplers.gp", "GPSampler"),
+    "hyperopt": ("search.samplers.hyperopt", "HyperoptSampler"),
+    "anneal": ("search.samplers.hyperopt", "AnnealSampler"),
     "grid": ("search.samplers.grid", "GridSampler"),
     "kt-bayesian": ("search.samplers.kerastuner", "BayesianOracleSampler"),
     "optuna-tpe": ("search.samplers.optuna", "OptunaTPESampler"),
@@ -109,7 +112,7 @@ def propose(sampler: Sampler, history: Sequence[Trial], space: Space, seed: int)
     Returns:
         The proposal, or None if the space is finite and every configuration in it has been tried.
     """
-    seen = {space.signature(trial.params) for trial in history if trial.number >= 0}
+    seen = space.signatures(trial.params for trial in history if trial.number >= 0)
     proposal = sampler.ask(history, space, seed)
     if space.signature(proposal.params) not in seen:
         return proposal

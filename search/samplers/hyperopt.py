@@ -1,112 +1,82 @@
-"""TPE by Hyperopt, with what it needs to be told about conditional, pending and failed trials.
+"""Hyperopt as it comes: its TPE, for comparison with ours, and simulated annealing.
 
-Hyperopt splits its trials into good and bad ones once, over all of them, so a parameter that few trials have
-learns little: most of the good ones lack it. Here parameters that the same trials have share one call, and
-that call sees just those trials. It gets ranks for losses, which are all it looks at: no infinity and no NaN
-can be dropped or ignored. Numbers are searched on [0, 1], where a domain gives all its values equal shares
-(``quniform`` gives its ends half of one).
+All parameters are in one flat space and one call; a trial that lacks one has no value there. Losses are handed over
+as ranks, which is all that Hyperopt looks at: no infinity and no NaN is dropped or ignored. Discrete values that have
+an order are integers to Hyperopt, and continuous ones places in [0, 1] on their scale.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from search.samplers import Proposal
+from search.samplers.tpe import ranks
 from search.space import Parameter, Space
 from search.trial import Trial, TrialState, Value
 
 _STARTUP = 20  # Hyperopt's own number of random trials, of finished ones
-_LEAST = 10  # trials that have a parameter before its history beats the prior
-# √n trials are good, where Hyperopt says √n / 4: two of 60 tell little of several parameters. Median of 12
-# seeds on six synthetic spaces, after 40 and 100 trials: better in 11 of 12 cases.
-_GAMMA = 1.0
-_CHOICES = ("choice", "boolean")
+_MOST_STEPS = 1000  # more ordered values than that are a scale
+_SCALE = 0  # in place of a number of values
+Shape = tuple[str, int]
 
 
-class TPESampler:
-    """Tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011)."""
+class HyperoptSampler:
+    """Hyperopt's TPE with its own defaults (Bergstra et al., NeurIPS 2011)."""
 
-    name = "tpe"
+    name = "hyperopt"
 
     def ask(self, history: Sequence[Trial], space: Space, seed: int) -> Proposal:
-        """Propose one configuration; see ``Sampler.ask``.
+        """Propose one configuration; see ``Sampler.ask``. Pending trials stand in as the worst ones."""
+        from hyperopt import tpe
 
-        Pending trials stand in as the worst ones, which keeps simultaneous proposals apart.
-        """
-        finished = sum(trial.state.is_finished for trial in history)
-        if finished < _STARTUP or not any(trial.state is TrialState.COMPLETE for trial in history):
-            return Proposal(space.sample(random.Random(seed)))
-        ranks = _ranks(history)
-        points = {p.key: _points(p, history) for p in space.declared if p.domain.count != 1}
-        drawn: dict[str, Value] = {}
-
-        def choose(parameter: Parameter) -> Value:
-            if parameter.key not in drawn:
-                trials = points.get(parameter.key, {}).keys()
-                if len(trials) < _LEAST:
-                    return parameter.draw(seed)
-                group = [p for p in space.declared if p.key in points and points[p.key].keys() == trials]
-                drawn.update(_suggest(group, points, ranks, seed))
-            return drawn[parameter.key]
-
-        return Proposal(space.walk(choose))
+        return _ask(functools.partial(tpe.suggest, n_startup_jobs=0, verbose=False), history, space, seed)
 
 
-def _points(parameter: Parameter, history: Sequence[Trial]) -> dict[int, int | float]:
-    """By index of the trial, where on its scale the parameter was, for the trials that had it."""
-    found: dict[int, int | float] = {}
-    for index, trial in enumerate(history):
-        if parameter.key in trial.params:
-            with contextlib.suppress(ValueError):  # a value from before the declaration changed
-                found[index] = _encoded(parameter, trial.params[parameter.key])
-    return found
+class AnnealSampler:
+    """Hyperopt's simulated annealing: a good trial's values, changed less and less."""
+
+    name = "anneal"
+
+    def ask(self, history: Sequence[Trial], space: Space, seed: int) -> Proposal:
+        """Propose one configuration; see ``Sampler.ask``. Pending trials stand in as the worst ones."""
+        from hyperopt import anneal
+
+        return _ask(anneal.suggest, history, space, seed)
 
 
-def _ranks(history: Sequence[Trial]) -> list[float]:
-    """Position from best to worst: complete trials by loss, then pruned, then failed and pending ones."""
-
-    def badness(index: int) -> tuple[int, float, int]:
-        trial = history[index]
-        if trial.state is TrialState.COMPLETE and trial.loss is not None:
-            return 0, trial.loss, index
-        return (1 if trial.state is TrialState.PRUNED else 2), math.inf, index
-
-    ranks = [0.0] * len(history)
-    for rank, index in enumerate(sorted(range(len(history)), key=badness)):
-        ranks[index] = float(rank)
-    return ranks
+def _ask(suggest: Any, history: Sequence[Trial], space: Space, seed: int) -> Proposal:
+    finished = sum(trial.state.is_finished for trial in history)
+    if finished < _STARTUP or not any(trial.state is TrialState.COMPLETE for trial in history):
+        return Proposal(space.sample(random.Random(seed)))
+    searched = [parameter for parameter in space.declared if parameter.domain.count != 1]
+    found = _suggested(suggest, searched, history, seed) if searched else {}
+    return Proposal(space.walk(lambda parameter: found.get(parameter.key, parameter.domain.value(0.0))))
 
 
-def _suggest(
-    group: Sequence[Parameter],
-    points: Mapping[str, Mapping[int, int | float]],
-    ranks: Sequence[float],
-    seed: int,
+def _suggested(
+    suggest: Any, searched: Sequence[Parameter], history: Sequence[Trial], seed: int
 ) -> Mapping[str, Value]:
-    """One call of Hyperopt for parameters that the same trials have."""
-    from hyperopt import JOB_STATE_DONE, STATUS_OK, Trials, tpe
+    from hyperopt import JOB_STATE_DONE, STATUS_OK, Trials
 
-    labels = {f"p{number}": parameter for number, parameter in enumerate(group)}
+    place = ranks(history)
     documents = []
-    for tid in points[group[0].key]:
-        misc = {
-            "tid": tid,
-            "cmd": None,
-            "workdir": None,
-            "idxs": {label: [tid] for label in labels},
-            "vals": {label: [points[parameter.key][tid]] for label, parameter in labels.items()},
-        }
+    for tid, trial in enumerate(history):
+        values: dict[str, list[int | float]] = {f"p{number}": [] for number in range(len(searched))}
+        for number, parameter in enumerate(searched):
+            if parameter.key in trial.params:
+                with contextlib.suppress(ValueError):  # a value from before the declaration changed
+                    values[f"p{number}"] = [_encoded(parameter, trial.params[parameter.key])]
+        idxs = {label: [tid] * len(found) for label, found in values.items()}
         documents.append(
             {
                 "tid": tid,
                 "state": JOB_STATE_DONE,
-                "result": {"status": STATUS_OK, "loss": ranks[tid]},
-                "misc": misc,
+                "result": {"status": STATUS_OK, "loss": float(place[tid])},
+                "misc": {"tid": tid, "cmd": None, "workdir": None, "idxs": idxs, "vals": values},
                 **dict.fromkeys(("spec", "owner", "book_time", "refresh_time", "exp_key")),
                 "version": 0,
             }
@@ -114,42 +84,49 @@ def _suggest(
     observed = Trials()
     observed._insert_trial_docs(documents)  # the checked way copies every document twice
     observed.refresh()
-    shapes = tuple(_shape(parameter) for parameter in group)
-    (found,) = tpe.suggest(
-        [len(ranks)],
-        _hyperopt_domain(shapes),
-        observed,
-        seed % 2**32,
-        n_startup_jobs=0,
-        gamma=_GAMMA,
-        verbose=False,
-    )
+    domain = _hyperopt_domain(tuple(map(_shape, searched)))
+    (found,) = suggest([len(history)], domain, observed, seed % 2**32)
     chosen = found["misc"]["vals"]
-    return {parameter.key: _decoded(parameter, chosen[label][0]) for label, parameter in labels.items()}
+    return {parameter.key: _decoded(parameter, chosen[f"p{n}"][0]) for n, parameter in enumerate(searched)}
 
 
-def _shape(parameter: Parameter) -> int:
-    """Number of unordered values, or 0 for a place in [0, 1]."""
-    domain = parameter.domain
-    return len(domain.values) if domain.kind in _CHOICES and not domain.ordered else 0
+def _shape(parameter: Parameter) -> Shape:
+    """What it is to Hyperopt: unordered values, ordered ones, or a scale."""
+    domain, count = parameter.domain, parameter.domain.count
+    if domain.kind in ("choice", "boolean") and not domain.ordered:
+        return "unordered", len(domain.values)
+    equal = bool(domain.values) or domain.sampling == "linear" or domain.step is not None
+    return ("ordered", count) if count is not None and count <= _MOST_STEPS and equal else ("scale", _SCALE)
 
 
 @functools.lru_cache(maxsize=64)
-def _hyperopt_domain(shapes: tuple[int, ...]) -> Any:
+def _hyperopt_domain(shapes: tuple[Shape, ...]) -> Any:
     """Hyperopt's compiled space; milliseconds to make, and the same for every call of a study."""
     from hyperopt import hp
     from hyperopt.base import Domain
 
-    space = {
-        f"p{number}": hp.randint(f"p{number}", shape) if shape else hp.uniform(f"p{number}", 0.0, 1.0)
-        for number, shape in enumerate(shapes)
+    makers: dict[str, Any] = {
+        "unordered": lambda label, count: hp.randint(label, count),
+        "ordered": lambda label, count: hp.uniformint(label, 0, count - 1),
+        "scale": lambda label, _: hp.uniform(label, 0.0, 1.0),
     }
+    space = {f"p{number}": makers[kind](f"p{number}", count) for number, (kind, count) in enumerate(shapes)}
     return Domain(lambda point: 0.0, space)
 
 
 def _encoded(parameter: Parameter, value: Value) -> int | float:
-    return parameter.domain.values.index(value) if _shape(parameter) else parameter.domain.unit(value)
+    kind, count = _shape(parameter)
+    if kind == "unordered":
+        found = parameter.domain.match(value)
+        if found is None:
+            raise ValueError(f"the value must be one of {parameter.domain}, but is {value!r}")
+        return parameter.domain.values.index(found)
+    place = parameter.domain.unit(value)
+    return int(place * count) if kind == "ordered" else place
 
 
 def _decoded(parameter: Parameter, point: Any) -> Value:
-    return parameter.domain.values[int(point)] if _shape(parameter) else parameter.domain.value(float(point))
+    kind, count = _shape(parameter)
+    if kind == "unordered":
+        return parameter.domain.values[int(point)]
+    return parameter.domain.value((int(point) + 0.5) / count if kind == "ordered" else float(point))

@@ -51,7 +51,8 @@ class Problem:
 
         with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # it leaves its file open
             table = HPOBench(data_set)
-        self.levels: Mapping[str, list[int | float]] = table.search_space
+        # KerasTuner takes values of one type: alpha's last one is an int among floats.
+        self.levels = {name: list(map(type(values[0]), values)) for name, values in table.search_space.items()}
         self.sizes = {name: len(values) for name, values in self.levels.items()}
         self.values = {
             tuple(map(int, key)): [1 - float(value) for value in row["val_acc"]] for key, row in table._dataset.items()
@@ -100,7 +101,7 @@ def space_of(table: Problem) -> Any:
         {
             "name": name,
             "conditions": [],
-            "domain": {"kind": "choice", "values": values, "ordered": True, "default": values[0]},
+            "domain": {"kind": "choice", "values": list(map(type(values[0]), values)), "ordered": True},
             "value": values[0],
         }
         for name, values in table.levels.items()

@@ -1,0 +1,175 @@
+"""How busy slots are kept: time inside training ÷ time that slots existed, with 256 simulated slots.
+
+    python tests/benchmarks/slots.py
+
+The driver, its journal and its sampler are real, and so is the clock. The trials are not: each takes 0.5 to 5 s of
+doing nothing, asks for its parameters, reports five epochs and says its result, as a process would. Slots exist from
+the moment that the search may fill them, which is when its baseline has ended, until the last trial begins: how long
+the tail of a search is depends on its number of trials, and on nothing that a driver does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import measure
+from driver_cost import SPACE, Opinion
+
+from search.driver import Driver
+from search.ends import Ends
+from search.executors import Event, Exited, Job, Message, Slot
+from search.journal import Journal
+from search.samplers import get_sampler
+from search.space import Space
+
+SHORTEST, LONGEST, EPOCHS = 0.5, 5.0, 5
+GOAL = 95
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--slots", type=int, default=256)
+    parser.add_argument("--trials", type=int, default=2000)
+    parser.add_argument("--sampler", default="random")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    measure.setting({"slots": args.slots, "trials": args.trials, "sampler": args.sampler, "seeds": args.seeds})
+    shares, cpu, rate = [], [], []
+    for seed in args.seeds:
+        with tempfile.TemporaryDirectory() as scratch:
+            world = run(args, seed, Path(scratch))
+        shares.append(100 * world.share())
+        cpu.append(1000 * world.cpu / args.trials)
+        rate.append(args.trials / (world.last - world.opened))
+        print(f"seed {seed}: {shares[-1]:.1f} % busy, {cpu[-1]:.1f} ms of CPU a trial, {rate[-1]:.0f} trials a second")
+    row = [str(args.slots), measure.spread(shares, 1), f"{GOAL}", measure.spread(cpu, 1), measure.spread(rate, 0)]
+    headings = ("slots", "busy, %", "goal", "driver's CPU, ms a trial", "trials a second")
+    measure.show(f"{args.slots} simulated slots, trials of {SHORTEST} to {LONGEST} s", headings, [row])
+    ideal = args.slots / statistics.fmean((SHORTEST, LONGEST))
+    print(f"slots that are always busy would take {ideal:.0f} trials a second")
+
+
+class World:
+    """An executor whose jobs only take their time."""
+
+    def __init__(self, slots: int, seed: int) -> None:
+        self.slots = tuple(Slot(index, 1) for index in range(slots))
+        self._dice = random.Random(seed)
+        self._due: list[tuple[float, int, Event]] = []
+        self._count = itertools.count()
+        self.spans: list[tuple[float, float]] = []
+        self.opened = self.last = self.cpu = 0.0  # when the search could fill its slots, and began its last trial
+
+    def share(self) -> float:
+        """Of the slots' time, that in which they trained."""
+        begin, end = self.opened, self.last
+        inside = sum(max(0.0, min(until, end) - max(since, begin)) for since, until in self.spans)
+        return inside / (len(self.slots) * (end - begin))
+
+    def start(self) -> None:
+        """Nothing needs to get ready."""
+
+    def submit(self, job: Job, slot: Slot | None) -> None:
+        """The job's messages and its end, when their time has come."""
+        now = time.monotonic()
+        proposal = job.payload.get("proposal") or {}
+        asks = [
+            {**one.to_json(), "value": proposal.get(one.identity, one.domain.default)} for one in SPACE
+        ]
+        if job.kind == "discover":
+            self._say(now, job, {"type": "result", "space": Space.empty().grown(asks).to_json(), "complete": True})
+            return self._end(now, job)
+        takes = self._dice.uniform(SHORTEST, LONGEST)
+        if job.payload["trial"] == 0:
+            self._say(now, job, {"type": "preflight", "asks": asks})
+            self.opened = now + takes
+        self.last = max(self.last, now)
+        self.spans.append((now, now + takes))
+        self._say(now, job, {"type": "asks", "asks": asks})
+        loss = self._dice.random()
+        for step in range(1, EPOCHS + 1):
+            body = {"type": "report", "step": step, "of": EPOCHS, "metrics": {"loss": loss, "val_loss": loss / step}}
+            self._say(now + takes * step / EPOCHS, job, body)
+        done = {"asks": asks, "epochs": EPOCHS, "best_epoch": EPOCHS, "size": 1000, "weights": "none"}
+        done |= {"made_up": loss, "reported": {}, "devices": [], "declaration": {}}
+        self._say(now + takes, job, {"type": "result", **done})
+        self._end(now + takes, job)
+
+    def _say(self, at: float, job: Job, body: dict[str, Any]) -> None:
+        heapq.heappush(self._due, (at, next(self._count), Message(job.id, body)))
+
+    def _end(self, at: float, job: Job) -> None:
+        heapq.heappush(self._due, (at, next(self._count), Exited(job.id, 0, None, 0.0)))
+
+    def poll(self, timeout: float) -> list[Event]:
+        """What is due by now, waiting for something to be."""
+        until = time.monotonic() + timeout
+        if self._due:
+            until = min(until, self._due[0][0])
+        if (left := until - time.monotonic()) > 0:
+            time.sleep(left)
+        events = []
+        while self._due and self._due[0][0] <= time.monotonic():
+            events.append(heapq.heappop(self._due)[2])
+        return events
+
+    def send(self, job_id: str, body: Mapping[str, Any]) -> None:
+        """No job listens."""
+
+    def kill(self, job_id: str) -> None:
+        """No job hangs."""
+
+    def cpu_seconds(self, job_id: str) -> float | None:
+        """Not known."""
+        return None
+
+    def has_begun(self, job_id: str) -> bool:
+        """At once."""
+        return True
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def run(args: argparse.Namespace, seed: int, folder: Path) -> World:
+    """One search over simulated slots."""
+    world = World(args.slots, seed)
+    with Journal.create(folder / "journal.sqlite", {}) as journal:
+        driver = Driver(
+            ends=Ends(args.trials),
+            seed=seed,
+            direction="min",
+            journal=journal,
+            sampler=get_sampler(args.sampler),
+            executor=world,
+            judge=Opinion(),
+            payload=lambda trial, proposal: {"proposal": proposal or {}, "trial": trial.number},
+            discovery={},
+            on_preflight=lambda findings: None,
+        )
+        before = sum(os.times()[:2])
+        ended = driver.run()
+        world.cpu = sum(os.times()[:2]) - before
+        if ended != "complete" or len(journal.history()) != args.trials:
+            raise RuntimeError(f"the search must be complete, but it is {ended} with {len(journal.history())} trials")
+    return world
+
+
+if __name__ == "__main__":
+    main()
