@@ -4,14 +4,46 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
 from search.data import OpenRows
+from search.errors import SpaceError
 from search.fused import order
+
+
+class Weighted(OpenRows):
+    """Open rows whose weights in training follow from their classes, as by ``class_weight`` of Keras' ``fit``.
+
+    Args:
+        wanted: Weight by class; a class that is not in it weighs 1.
+        where: The module, for its errors.
+
+    Raises:
+        SpaceError: If the rows have weights already, or several labels each.
+    """
+
+    def __init__(self, path: Path, wanted: Mapping[int, float], where: str) -> None:
+        super().__init__(path)
+        if super().weights(np.arange(0)) is not None:
+            raise SpaceError(f"{where}: rows have weights by sample_weight or by class_weight, but got both: drop one")
+        if self._leaf_count("y") != 1:
+            raise SpaceError(f"{where}: class_weight needs one y, but there are {self._leaf_count('y')}")
+        self._wanted = wanted
+
+    def weights(self, rows: np.ndarray | None = None, tier: str = "train") -> np.ndarray | None:
+        """Of each row by its class, which is the label or, in a row of zeros and a one, its place."""
+        labels = keras.tree.flatten(self.labels(tier, rows))[0]
+        if labels.ndim > 1:
+            labels = labels.argmax(axis=1) if labels.shape[1] > 1 else labels[:, 0]
+        found = np.ones(len(labels), dtype=np.float32)
+        for kind, weight in self._wanted.items():
+            found[np.round(labels) == kind] = weight
+        return found
 
 
 def joined(rows: OpenRows, tier: str, preprocess: keras.Model | None, index: np.ndarray | None = None) -> Any:

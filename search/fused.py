@@ -24,28 +24,27 @@ _BATCH_HOOKS = (
     "on_batch_begin",
     "on_batch_end",
 )
+_OF_THE_TRAINER = ("fit", "evaluate", "make_train_function", "make_test_function")
 
 
 def watches_batches(callback: Any) -> bool:
-    """Whether a callback wants to see single batches."""
-    base = keras.callbacks.Callback
-    return any(getattr(type(callback), hook) is not getattr(base, hook) for hook in _BATCH_HOOKS)
+    """Whether a callback wants to see single batches: by a method of its class, or, a LambdaCallback, of its own."""
+    hooks = ((getattr(callback, name, None), getattr(keras.callbacks.Callback, name)) for name in _BATCH_HOOKS)
+    return any(getattr(own, "__func__", own) is not hook for own, hook in hooks)
 
 
 def usable(model: keras.Model, callbacks: Sequence[Any]) -> bool:
     """Whether an epoch of this model may run as one call.
 
-    Not on other backends than TensorFlow, under a distribution strategy, or when a callback sees single batches. A
-    module's own callback class might evaluate the model on rows of its own, so it keeps the ordinary path as well.
+    Not on other backends than TensorFlow, under a distribution strategy, when a callback sees single batches, or for
+    a model that changes how Keras goes through its data.
     """
     if keras.backend.backend() != "tensorflow" or model.run_eagerly:
         return False
     import tensorflow as tf
 
-    known = ("keras.", "search.")
-    return not tf.distribute.has_strategy() and not any(
-        watches_batches(callback) or not type(callback).__module__.startswith(known) for callback in callbacks
-    )
+    as_in_keras = all(getattr(type(model), name) is getattr(keras.Model, name) for name in _OF_THE_TRAINER)
+    return as_in_keras and not tf.distribute.has_strategy() and not any(map(watches_batches, callbacks))
 
 
 def order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -61,8 +60,9 @@ def fit(
     batch: int,
     large: int,
     seed: int,
+    epochs: int,
+    callbacks: Sequence[Any],
     first: Callable[[], int] = lambda: 0,
-    **options: Any,
 ) -> None:
     """``model.fit`` on rows in memory.
 
@@ -71,28 +71,47 @@ def fit(
         validation: ``(x, y)``.
         batch: Rows per training step; large: rows per validation step.
         seed: Of the order of rows; first: number of the first epoch, known when training has begun.
-        **options: For Keras' ``fit``: epochs, callbacks.
     """
     import tensorflow as tf
 
     _build(model, train)
     count, last = _count(train), np.arange(_count(validation))
     passed = itertools.count()
-    model.train_function = _function(
-        model.train_step, train, batch, model.jit_compile, lambda: order(count, seed, first() + next(passed))
-    )
-    model.test_function = _function(model.test_step, validation, large, model.jit_compile, lambda: last)
     # Keras asks its data for one step an epoch; the rows themselves are in the functions.
     step = tf.data.Dataset.from_tensors(0)
+    jit = model.jit_compile
+    trained = _function(model.train_step, train, batch, jit, lambda: order(count, seed, first() + next(passed)))
+    tested = _function(model.test_step, validation, large, jit, lambda: last)
+    model.train_function = _or_ordinary(model, "train_function", trained, step.element_spec)
+    model.test_function = _or_ordinary(model, "test_function", tested, step.element_spec)
+    callbacks = keras.callbacks.CallbackList(
+        callbacks, add_history=True, epochs=epochs, steps=-(-count // batch), model=model
+    )
     # TensorFlow rewrites a graph for 0.1 to 0.2 s before it runs. No epoch of four models on a CPU, dense or
     # convolutional, of 14 to 450 ms, was slower without.
     plain = not tf.config.list_physical_devices("GPU")
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": plain})
     try:
-        model.fit(step, validation_data=step, shuffle=False, verbose=0, **options)
+        model.fit(step, validation_data=step, epochs=epochs, callbacks=callbacks, shuffle=False, verbose=0)
     finally:
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
         model.train_function = model.test_function = None
+
+
+def _or_ordinary(model: keras.Model, name: str, whole: Callable[[], Any], step: Any) -> Callable[[Any], Any]:
+    """Keras' function of that name for an epoch in one call; for other data, of a callback that evaluates, its own."""
+    made: list[Callable[[Any], Any]] = []
+
+    def call(iterator: Any) -> Any:
+        if iterator.element_spec == step:
+            return whole()
+        if not made:
+            getattr(model, f"make_{name}")(force=True)
+            made.append(getattr(model, name))
+            setattr(model, name, call)
+        return made[0](iterator)
+
+    return call
 
 
 def _count(data: Sequence[Any]) -> int:
@@ -126,8 +145,8 @@ def _function(
     batch: int,
     jit_compile: bool,
     rows: Callable[[], np.ndarray],
-) -> Callable[[Any], Any]:
-    """What Keras calls once an epoch: runs a step for each batch of the rows, in the order that ``rows`` gives."""
+) -> Callable[[], Any]:
+    """One epoch: runs a step for each batch of the rows, in the order that ``rows`` gives."""
     import tensorflow as tf
 
     held = keras.tree.map_structure(tf.constant, tuple(data))
@@ -139,7 +158,7 @@ def _function(
     # A function of its own, so that what it returns is known before the loop that carries it.
     batch_step = tf.function(one, input_signature=of_rows, jit_compile=jit_compile, autograph=False)
     if _count(data) <= batch:
-        return lambda iterator: batch_step(rows())  # the iterator has nothing to tell
+        return lambda: batch_step(rows())
 
     def epoch(order: Any) -> Any:
         steps = (tf.size(order) - 1) // batch + 1
@@ -154,4 +173,4 @@ def _function(
         return tf.while_loop(lambda number, _: number < steps, body, start, invariants, parallel_iterations=1)[1]
 
     run = tf.function(epoch, input_signature=of_rows, autograph=False)
-    return lambda iterator: run(rows())
+    return lambda: run(rows())

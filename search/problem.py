@@ -206,7 +206,7 @@ class SpaceModule:
             raise SpaceError(f'{where}: direction must be "min" or "max", but got {self.direction!r}')
         if self.epochs is not None and (not isinstance(self.epochs, int) or self.epochs < 1):
             raise SpaceError(f"{where}: epochs must be a whole number of at least 1, but got {self.epochs!r}")
-        for name in ("load", "build", "fit", "preprocess", "callbacks"):
+        for name in ("load", "build", "fit", "preprocess", "callbacks", "class_weight"):
             part = self._get(name)
             if part is not None and not callable(part):
                 raise SpaceError(f"{where}: {name} must be a function, but it is {type(part).__name__}")
@@ -268,6 +268,11 @@ class SpaceModule:
         """Fresh callbacks of the module for one trial, or none."""
         part = self._get("callbacks")
         return list(part(hp)) if part is not None else []
+
+    def class_weight(self, hp: Any) -> dict[int, float] | None:
+        """What the module lets a row of each class weigh in training, or None."""
+        part = self._get("class_weight")
+        return dict(part(hp)) if part is not None else None
 
     def line(self, error: BaseException) -> str:
         """``path:line`` of the innermost frame of ``error`` in the module's folder, or the path alone."""

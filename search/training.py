@@ -17,7 +17,7 @@ from search.checkpoints import Checkpoints
 from search.data import OpenRows
 from search.declaration import ends
 from search.errors import SpaceError, TrialFailed
-from search.feeding import batches, joined, targets
+from search.feeding import Weighted, batches, joined, targets
 from search.problem import DEFAULT_EPOCHS, SpaceModule, first_line
 from search.scoring import in_order
 from search.tracing import TracingHyperParameters
@@ -151,14 +151,16 @@ def fit(
     if checkpoint is not None:
         keeper = Checkpoints(*checkpoint, callbacks, lambda: _identity(module, hp, seed, most), reporter.again)
         callbacks, first = [*callbacks, keeper], lambda: keeper.epoch
+    if (wanted := module.class_weight(hp)) is not None:
+        rows = Weighted(rows.path, wanted, module.problem.path)
     keras.utils.set_random_seed(seed)
     if own is not None:
         _fit_by_module(own, hp, model, rows, preprocess, budget, batch, most, callbacks, seed, first)
     elif fused.usable(model, callbacks) and rows.nbytes("train") + rows.nbytes("validation") <= budget:
         train = (joined(rows, "train", preprocess), *targets(rows, "train"))
         held = (joined(rows, "validation", preprocess), *targets(rows, "validation"))
-        options = {"epochs": most, "callbacks": callbacks}
-        fused.fit(model, train, held, batch=batch, large=_large(rows), seed=seed, first=first, **options)
+        options: dict[str, Any] = {"epochs": most, "callbacks": callbacks, "first": first}
+        fused.fit(model, train, held, batch=batch, large=_large(rows), seed=seed, **options)
     else:
         _fit_by_batches(model, rows, preprocess, budget, batch, most, callbacks, seed, first)
     chosen = not keep_last and reporter.epochs and objective in reporter.epochs[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -120,9 +121,7 @@ def test_users_choose_by_position_or_uuid() -> None:
         ("NoDevFiles", []),
     ],
 )
-def test_only_inherited_devices_are_used(
-    inherited: str, left: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_inherited_devices_are_used(inherited: str, left: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
     expected: list[tuple[str, ...]] = [(f"GPU-{n}{n}-x",) for n in left] if left else [()] * 8
     assert uuids(slots(discover=gpus(3))) == expected
@@ -308,7 +307,46 @@ def test_tensorflow_itself_takes_its_threads_and_sees_what_the_slot_shows() -> N
         "print(json.dumps(devices.seen()))\n"
     )
     env = {**os.environ, **slot.env, "KERAS_BACKEND": "tensorflow", "PYTHONPATH": str(ROOT)}
-    answer = subprocess.run(
-        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
-    )
+    answer = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
     assert answer.stdout.splitlines() == ["2 2", '[{"kind": "CPU", "name": "/physical_device:CPU:0"}]']
+
+
+# The benchmark of sharing
+
+
+@pytest.mark.parametrize(("gpu", "said"), [("0", "needs GPUs, but none is visible"), ("none", "must name one GPU")])
+def test_the_benchmark_of_sharing_refuses_a_machine_without_a_gpu(gpu: str, said: str) -> None:
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / "gpu.py"), "--gpu", gpu]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert ran.returncode == 2 and said in ran.stderr.splitlines()[-1]
+    assert ran.stdout == ""
+
+
+def test_the_benchmark_of_sharing_reads_a_gpu_while_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    import gpu  # type: ignore[import-not-found]
+
+    busy, read = iter([0, 0, 40, 80, 60]), threading.Event()
+
+    class Fake(FakeNvml):
+        def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+            return uuid
+
+        def nvmlDeviceGetUtilizationRates(self, handle: str) -> Any:
+            found = next(busy, None)
+            if found is None:
+                read.set()
+                raise self.NVMLError("Not Supported")
+            return types.SimpleNamespace(gpu=found)
+
+        def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:
+            return types.SimpleNamespace(used=3 << 30)
+
+    fake = Fake()
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr(gpu, "_BETWEEN", 0.001)
+    watch = gpu.Watch("GPU-0")
+    with watch:
+        assert read.wait(60)
+    assert watch.seen() == ["60", "3.0"] and fake.open == 0

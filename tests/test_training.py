@@ -113,21 +113,6 @@ def test_each_pass_over_batches_for_a_modules_own_fit_is_an_epoch_with_an_end(tm
     assert Running(tmp_path, "ends", rest=own).fit(budget=0, epochs=2).epochs == 2
 
 
-def test_an_epoch_in_one_call_agrees_with_the_ordinary_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logs: dict[str, list[dict[str, float]]] = {"fused": [], "ordinary": []}
-    models = {}
-    for path, seen in logs.items():
-        if path == "ordinary":
-            monkeypatch.setattr(fused, "usable", lambda model, callbacks: False)
-        running = Running(tmp_path, path, build=DROPOUT)
-        running.fit(lambda body, seen=seen: seen.append(body["metrics"]), epochs=4)
-        models[path] = running.model
-    for one, other in zip(weights(models["fused"]), weights(models["ordinary"]), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
-    for ours, theirs in zip(logs["fused"], logs["ordinary"], strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5)
-
-
 def test_backends_without_tf_data_get_the_same_rows_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running = Running(tmp_path, "gathered", load=WEIGHTED)
     monkeypatch.setattr(fused, "usable", lambda model, callbacks: False)

@@ -1,6 +1,6 @@
 """What the service itself costs: the driver's time for a trial that does nothing, and memory over 200 trials.
 
-    python tests/benchmarks/driver_cost.py
+python tests/benchmarks/driver_cost.py
 """
 
 from __future__ import annotations

@@ -101,12 +101,17 @@ def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def setting(notes: Mapping[str, object]) -> None:
     """Print what a reader needs to know to compare: the machine, the versions, and `notes`."""
     names = ("keras", "tensorflow", "numpy")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     print(f"Python {platform.python_version()}, {versions}")
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
-    print(f"{len(os.sched_getaffinity(0))} cores, load averages before: {load}; measure on a quiet machine")
+    print(f"{cores()} cores, load averages before: {load}; measure on a quiet machine")
     for key, value in notes.items():
         print(f"{key}: {value}")

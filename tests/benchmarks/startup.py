@@ -1,6 +1,6 @@
 """How soon things happen: the first epoch of a study, a trial's harness, and the commands that only look.
 
-    python tests/benchmarks/startup.py
+python tests/benchmarks/startup.py
 """
 
 from __future__ import annotations
