@@ -139,7 +139,7 @@ def test_the_terminal_shows_the_conclusion_last(noisy: Done, heldout: Heldout) -
     assert "confirmed by" in shown and "of all training time" in shown
     shown = heldout("status", "s", "--workspace", str(noisy.workspace)).stdout
     again = sum(t.confirms is not None for t in noisy.study.trials)
-    assert f"5 of 5 trials, {again} confirming trainings" in shown
+    assert f"5 of 5 trials, sampler gp, {again} confirming trainings" in shown
 
 
 def test_the_ledger_lists_the_opening_and_the_use_of_guard_rows(noisy: Done, heldout: Heldout) -> None:

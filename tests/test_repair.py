@@ -73,7 +73,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Truth:
     root = tmp_path_factory.mktemp("studies")
     made = root / "made"
     made.mkdir()
-    with Journal.create(made / SQLITE, {"study": {"name": "s", "config": {"trials": TRIALS}}}) as journal:
+    with Journal.create(made / SQLITE, {"study": {"name": "s", "config": {"space": "s", "trials": TRIALS}}}) as journal:
         journal.adopt(Space.empty().grown([ask("units", 1)]))
         fill(journal, range(10))
         journal_file.back_up(journal.path)
