@@ -41,14 +41,22 @@ class TPESampler:
         good: Share of good trials; None for Hyperopt's rule.
         narrow: Factor of Hyperopt's widths.
         candidates: How many configurations are drawn from the good trials' density, to take the best of.
+        startup: Finished trials before the history is looked at.
     """
 
     name = "tpe"
 
     def __init__(
-        self, *, joint: bool = True, good: float | None = _GOOD, narrow: float = _NARROW, candidates: int = _CANDIDATES
+        self,
+        *,
+        joint: bool = True,
+        good: float | None = _GOOD,
+        narrow: float = _NARROW,
+        candidates: int = _CANDIDATES,
+        startup: int = _STARTUP,
     ) -> None:
-        self._joint, self._good, self._narrow, self._candidates = joint, good, narrow, candidates
+        self._joint, self._good, self._narrow = joint, good, narrow
+        self._candidates, self._startup = candidates, startup
 
     def ask(self, history: Sequence[Trial], space: Space, seed: int) -> Proposal:
         """Propose one configuration; see ``Sampler.ask``.
@@ -56,7 +64,7 @@ class TPESampler:
         Pending trials stand in as the worst ones, which keeps simultaneous proposals apart.
         """
         finished = sum(trial.state.is_finished for trial in history)
-        if finished < _STARTUP or not any(trial.state is TrialState.COMPLETE for trial in history):
+        if finished < self._startup or not any(trial.state is TrialState.COMPLETE for trial in history):
             return Proposal(space.sample(random.Random(seed)))
         seen = Seen(history)
         rng = np.random.default_rng(seed)
