@@ -24,7 +24,6 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from search import journal_copy, journal_file
@@ -39,16 +38,14 @@ class Journal:
     """The record of one study. Made by ``create`` and ``open``; a context manager that closes it."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection, read_only: bool, clock: Callable[[], float]) -> None:
-        self.path = path
-        self.read_only = read_only
+        self.path, self.read_only = path, read_only
         self._connection = connection
         self._copy: journal_copy.Copy | None = None
         self._records: list[tuple[str, journal_copy.Row]] = []  # of the commit that is being made
         self._clock = clock
         self._now = History()
         self._then = History()  # follows questions about the past, which tend to come in order
-        self._grouped = False
-        self._gathers = False
+        self._grouped = self._gathers = False
         self._gathered: list[tuple[str, journal_copy.Row]] = []  # in memory already, and not yet in the file
 
     @classmethod
@@ -90,9 +87,7 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ---- meta
@@ -117,8 +112,10 @@ class Journal:
     # ---- writing
 
     @contextlib.contextmanager
-    def one_commit(self) -> Iterator[None]:
+    def one_commit(self, now: bool = False) -> Iterator[None]:
         """Joins the writes inside into one commit: all of them are recorded, or none.
+
+        While gathering it is a later one, except ``now``, which writes that put meta values as well need.
 
         Raises:
             DiskFull: If there is no room for it; the same writes can be tried again later.
@@ -131,7 +128,7 @@ class Journal:
                 self._forget()
                 raise
             return
-        if not self._gathers:
+        if now or not self._gathers:
             with self._commit():
                 yield
             return
@@ -174,6 +171,7 @@ class Journal:
     def _commit(self) -> Iterator[None]:
         if self.read_only:
             raise ValueError(f"{self.path} was opened read-only")
+        ending = False
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             self._grouped = True
@@ -181,11 +179,14 @@ class Journal:
                 self._write("INSERT INTO", table, row)
             yield
             assert self._copy is not None
+            ending = True
             with self._copy.following(self._records):
                 self._connection.execute("COMMIT")
             self._gathered = []
         except BaseException as error:
             self._forget()
+            if ending and not self._connection.in_transaction and not isinstance(error, sqlite3.Error):
+                self._gathered = []  # an interrupt that came after the commit
             with contextlib.suppress(sqlite3.Error):
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
@@ -316,14 +317,13 @@ class Journal:
 
     def events(self, after: int = 0, upto: int | None = None) -> list[Event]:
         """Events with ``after < id <= upto``, in order."""
+        most = 2**62 if upto is None else upto
         rows = self._rows(
-            "SELECT id, at, kind, trial, body FROM events WHERE id > ? AND id <= ? ORDER BY id",
-            (after, 2**62 if upto is None else upto),
+            "SELECT id, at, kind, trial, body FROM events WHERE id > ? AND id <= ? ORDER BY id", (after, most)
         )
         last = rows[-1][0] if rows else after  # while they are being committed, they are in both
-        rows += [row for table, row in self._gathered if table == "events" and row[0] > last]
-        found = [Event(row[0], row[1], row[2], row[3], self._loaded(row[4])) for row in rows]
-        return found if upto is None else [event for event in found if event.id <= upto]
+        rows += [row for table, row in self._gathered if table == "events" and last < row[0] <= most]
+        return [Event(row[0], row[1], row[2], row[3], self._loaded(row[4])) for row in rows]
 
     def reports(self, trial: int | None = None, after: int = 0) -> tuple[Report, ...]:
         """Reports in the order they were recorded, of one trial or of all.

@@ -680,3 +680,34 @@ class TestGathering:
         with Journal.open(path, read_only=True) as reader, reader.gathering():
             with pytest.raises(ValueError, match="read-only"):
                 reader.finish(complete(running(0)))
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_an_interrupt_around_the_commit_neither_loses_nor_repeats_it(
+        self, journal: Journal, path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+    ) -> None:
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with journal.gathering():
+            journal.begin(running(0))
+        with monkeypatch.context() as patch:
+            patch.setattr(*((journal, "report") if when == "before" else (journal_copy, "_write")), interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                journal.commit()
+        assert journal.has_gathered == (when == "before") and journal.history() == (running(0),)
+        journal.put("state", "STOPPED")
+        with Journal.open(path) as again:
+            assert again.history() == (running(0),) and again.length == 1 and again.get("state") == "STOPPED"
+
+    def test_one_commit_that_is_made_now_has_all_or_nothing_also_of_what_is_put(self, journal: Journal) -> None:
+        with journal.gathering():
+            journal.begin(running(0))
+            with pytest.raises(RuntimeError), journal.one_commit(now=True):
+                journal.queue(Trial(1, state=TrialState.WAITING))
+                journal.put("preflight", {})
+                raise RuntimeError
+            assert journal.history() == (running(0),) and journal.get("preflight") is None
+            with journal.one_commit(now=True):
+                journal.queue(Trial(1, state=TrialState.WAITING))
+                journal.put("preflight", {})
+            assert not journal.has_gathered and len(journal.history()) == 2 and journal.get("preflight") == {}
