@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from search.ends import Ends
-from search.enqueueing import unbegun
+from search.enqueueing import begun, unbegun
 from search.journal import Journal
 from search.samplers import Sampler, proposal_for
 from search.space import Space
@@ -25,7 +25,7 @@ class Agenda:
 
     Attributes:
         confirming: Whether the search is over.
-        exhausted: Whether the space has no further configuration.
+        ended: The end of the search that was reached, see ``Ends.reached``; None before, or if there was none.
     """
 
     def __init__(
@@ -47,7 +47,9 @@ class Agenda:
         self._queued: list[Trial] = []  # configurations to try first, which have not run yet
         self._planned: list[Trial] = []
         self._starved: int | None = None  # length of the journal when nothing new could be proposed
-        self.confirming = self.exhausted = False
+        self._exhausted = False
+        self.confirming = False
+        self.ended: str | None = None
 
     def recall(self) -> None:
         """A trial that was running when its driver ended runs again, with its parameters, seed and number."""
@@ -85,15 +87,12 @@ class Agenda:
         """Whether anything is still to run, as far as is known now."""
         if self._requeued or self._planned:
             return True
-        searching = not self.confirming and (bool(self._queued) or not self.exhausted)
+        searching = not self.confirming and (bool(self._queued) or not self._exhausted)
         return searching and self.end() is None
 
     def end(self) -> str | None:
-        """The end of the search that is reached, see ``Ends.reached``; what is queued is no trial yet."""
-        history = self._journal.history()
-        queued = {trial.number for trial in self._queued}
-        begun = [trial for trial in history if trial.number not in queued]
-        return self._ends.reached(begun, self._direction, self._clock(), self._since)
+        """The end of the search that is reached now, see ``Ends.reached``."""
+        return self._ends.reached(begun(self._journal.history()), self._direction, self._clock(), self._since)
 
     def waits(self) -> bool:
         """Whether a running trial has to bring news before there is a next one."""
@@ -101,8 +100,9 @@ class Agenda:
 
     def plan_confirmations(self) -> None:
         """The search is over, and confirming begins."""
-        history = self._journal.history()
-        if (why := self._ends.because(self.end(), len(searched(history)))) is not None:
+        history = begun(self._journal.history())
+        self.ended = self.end()
+        if (why := self._ends.because(self.ended, len(searched(history)))) is not None:
             self._watcher.say(f"the search has {why}")
         known = {(trial.confirms, trial.seed) for trial in history}
         self._planned = [trial for trial in self._confirm(history) if (trial.confirms, trial.seed) not in known]
@@ -128,7 +128,7 @@ class Agenda:
         if trial is None and not idle:  # what runs may yet ask for more, in its fit for instance
             self._starved = self._journal.length
         elif trial is None:
-            self.exhausted = True
+            self._exhausted = True
             self._watcher.say(f"the space has no further configuration: it is exhausted after {number} trials")
         return trial
 

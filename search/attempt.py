@@ -6,12 +6,16 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from search.ends import spent
 from search.errors import TrialFailed
 from search.executors import Event, Exited, Lost, Message, Slot
 from search.retries import counted
 from search.slots import Alone
+from search.space import Space
 from search.trial import Report, Trial, TrialState
 
+_ENDLESS = 2**31  # no number of epochs
+_OF_A_RESULT = {"asks", "epochs", "best_epoch", "size", "weights", "reported", "devices", "declaration"}
 _MOST_SCORINGS = 3  # of one trial, whose score job's process may die as any other
 
 
@@ -72,10 +76,32 @@ class Attempt:
         return job_id(self.trial)
 
     def reported(self, body: dict[str, Any], at: float) -> Report:
-        """Take in the report of an epoch."""
-        report = Report(self.trial.number, self.trial.attempt, body["step"], at, body["metrics"])
+        """Take in the report of an epoch.
+
+        Raises:
+            KeyError, TypeError, ValueError: If it is none.
+        """
+        step, metrics = body["step"], body["metrics"]
+        if type(step) is not int or not 0 < step < _ENDLESS:
+            raise ValueError(f"step {step!r}")
+        if type(metrics) is not dict or not all(type(value) in (int, float) for value in metrics.values()):
+            raise ValueError(f"metrics {metrics!r}")
+        report = Report(self.trial.number, self.trial.attempt, step, at, metrics)
         self.trial = dataclasses.replace(self.trial, epochs=report.step)
         return report
+
+    def resulted(self, body: dict[str, Any], space: Space) -> None:
+        """Take in its result; of one that was told to stop, only what it asked for.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: If it is none.
+        """
+        if missing := ({"asks"} if self.stopped else _OF_A_RESULT) - body.keys():
+            raise ValueError(f"a result without {', '.join(sorted(missing))}")
+        if not self.stopped and type(body["epochs"]) is not int:
+            raise ValueError(f"epochs {body['epochs']!r}")
+        space.grown(body["asks"], complete=False).params_of(body["asks"])
+        self.result, self.asks = body, body["asks"]
 
     def failed(self, body: dict[str, Any]) -> None:
         """Take in a failure that its process, or the executor in its place, tells of."""
@@ -113,11 +139,15 @@ class Attempt:
                 reason = "lost" if isinstance(event, Lost) else "crash"
                 self.failure = TrialFailed(reason, f"the process that computes the metric {how}, three times")
 
-    def waiting(self, failure: TrialFailed, is_counted: bool) -> Trial:
+    def waiting(self, failure: TrialFailed, is_counted: bool, now: float) -> Trial:
         """The trial as it waits for its next attempt, with the parameters that were proposed."""
         retries = counted(self.trial, failure.reason) if is_counted else self.trial.retries
         return self.trial.moved(
-            TrialState.WAITING, retries=retries, reason=failure.reason, message=failure.message
+            TrialState.WAITING,
+            retries=retries,
+            reason=failure.reason,
+            message=failure.message,
+            extra={**self.trial.extra, **spent(self.trial, now)},
         )
 
     def finished(self, verdict: Verdict | None, params: dict[str, Any], direction: str, now: float) -> Trial:

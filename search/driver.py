@@ -98,6 +98,7 @@ class Driver:
         first = journal.history()[:1]
         self._checked = discovery is None or bool(first and first[0].state.is_finished)
         self._failures = 0
+        self._hopeless: StudyFailed | None = None
         self._stopping = False
         self._found: dict[str, Any] | None = None  # what preflight said, until discovery has spoken too
         self._held: tuple[Attempt, Verdict | None] | None = None  # the baseline's end, until the study has begun
@@ -124,6 +125,8 @@ class Driver:
                 for event in events:
                     self._handle(event)
                 events = ()
+                if self._hopeless is not None:
+                    raise self._hopeless
                 self._end_overdue()
                 self._heed_stop()
                 self._fill()
@@ -137,7 +140,7 @@ class Driver:
                 continue
             events = self._executor.poll(0.0 if self._hurries else 0.25)
         self._recording.flush(force=True)
-        return "stopped" if self._stopping else self._agenda.end() or "exhausted"
+        return "stopped" if self._stopping else self._agenda.ended or "exhausted"
 
     def _heed_stop(self) -> None:
         asked = self._surroundings.stop()
@@ -188,7 +191,7 @@ class Driver:
     def _start(self, trial: Trial, slot: Slot) -> None:
         text = self._text if trial.confirms is None else trial.text
         now = self._clock()
-        extra = {"gpus": gpus} if (gpus := self._seats.gpus(slot)) else {}
+        extra = {**trial.extra, **({"gpus": gpus} if (gpus := self._seats.gpus(slot)) else {})}
         running = dataclasses.replace(
             trial, state=TrialState.RUNNING, started=now, slot=slot.index, text=text, extra=extra
         )
@@ -221,7 +224,8 @@ class Driver:
             if (found := self._discovery.take(event)) is not None:
                 self._recording.durably(lambda: self._discovered(found))
                 if self._held is not None:
-                    self._finish(*self._held)
+                    held, self._held = self._held, None
+                    self._finish(*held)
         elif event.job.startswith("score-"):
             self._scored(event)
         elif event.job in self._running:
@@ -250,7 +254,7 @@ class Driver:
         if isinstance(event, Message):
             try:
                 self._said(attempt, event.body)
-            except (KeyError, TypeError, AttributeError) as error:  # JSON, but not what a trial may say
+            except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON, but not what a trial may say
                 attempt.asks, attempt.result = [], None
                 attempt.failed(died(event.job, f"it broke the protocol: {error!r}").body)
                 self._executor.kill(event.job)
@@ -287,7 +291,7 @@ class Driver:
             self._checked, self._found = True, body
             self._recording.durably(self._begin)
         elif kind == "result":
-            attempt.result, attempt.asks = body, body["asks"]
+            attempt.resulted(body, self._space or Space.empty())
         elif kind == "failed":
             attempt.failed(body)
             if not self._checked and attempt.trial.number == 0 and attempt.failure and not attempt.failure.chance:
@@ -324,7 +328,7 @@ class Driver:
             self._finish(attempt, None)
 
     def _requeue(self, attempt: Attempt, failure: TrialFailed, is_counted: bool) -> None:
-        waiting = attempt.waiting(failure, is_counted)
+        waiting = attempt.waiting(failure, is_counted, self._clock())
         self._recording.write(lambda: self._journal.queue(waiting))
         self._leave(attempt)
         self._agenda.requeue(waiting)
@@ -376,8 +380,8 @@ class Driver:
         self._leave(attempt)
         self._recording.then(lambda: self._watcher.ended(trial))
         self._recording.then(lambda: self._surroundings.ended(trial))
-        if self._failures >= MOST_FAILURES_IN_A_ROW:
-            raise StudyFailed(
+        if self._failures >= MOST_FAILURES_IN_A_ROW:  # raised when what else is known is recorded
+            self._hopeless = self._hopeless or StudyFailed(
                 f"{MOST_FAILURES_IN_A_ROW} trials in a row failed, the last one ({trial.number}) with: "
                 f"{trial.reason}: {trial.message}"
             )
@@ -398,7 +402,7 @@ class Driver:
         """Record what the trial asked for; its parameters are exactly that."""
         if not attempt.asks:
             return dict(attempt.trial.params)
-        whole = attempt.failure is None
+        whole = attempt.failure is None and not attempt.stopped
         grown = self._journal.grow(attempt.asks, attempt.trial.number, complete=whole)
         self._space = grown
         return dict(grown.params_of(attempt.asks))

@@ -8,8 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from search.trial import Trial, TrialState, searched
+
+_SPENT = "spent"
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,13 @@ def stale(trials: Iterable[Trial]) -> int:
     """Trials of a search in a row, up to its last one, without a gain.
 
     A gain is a validation score better by more than one standard error, its own, than the one that last was a gain.
-    Where a metric has none, every better score is. Pruned trials gain nothing; failed ones say nothing, and do not
-    count.
+    Where a metric has none, or nobody asked for it when the trial ran, every better score is. Pruned trials gain
+    nothing; failed ones say nothing, and do not count, nor does any before the first that completes.
     """
     bar, count = math.inf, 0
     done = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     for trial in sorted(done, key=lambda trial: (trial.ended or 0.0, trial.number)):
-        count += 1
+        count += bar < math.inf
         if trial.state is TrialState.COMPLETE and trial.loss is not None and trial.loss < bar:
             bar, count = trial.loss - (trial.extra.get("error") or 0.0), 0
     return count
@@ -87,29 +90,33 @@ def busy(trials: Iterable[Trial], now: float = 0.0, since: float = math.inf) -> 
         now, since: As of ``Ends.reached``; without them only trials that have ended count.
     """
     total, until = 0.0, 0.0
-    for begin, end in sorted(_spans(trials, now, since)):
+    for begin, end, _ in sorted(_spans(trials, now, since)):
         total += max(0.0, end - max(begin, until))
         until = max(until, end)
     return total
 
 
 def gpu_hours(trials: Iterable[Trial], now: float, since: float) -> float:
-    """Hours of all trials, each times its share of a GPU, or the number of GPUs that it had; of its last attempt."""
-    shared = [trial for trial in trials if trial.extra.get("gpus")]
-    return sum(
-        float(trial.extra["gpus"]) * (end - begin) / 3600
-        for trial in shared
-        for begin, end in _spans([trial], now, since)
-    )
+    """Hours of all attempts of all trials, each times its share of a GPU, or the number of GPUs that it had."""
+    return sum(gpus * (end - begin) / 3600 for begin, end, gpus in _spans(trials, now, since))
 
 
-def _spans(trials: Iterable[Trial], now: float, since: float) -> list[tuple[float, float]]:
+def spent(trial: Trial, now: float) -> dict[str, Any]:
+    """What is kept in ``extra`` of a trial whose attempt is given up now: when each of its attempts ran, on how many
+    GPUs. One that ended with its driver is not known."""
+    ran = [] if trial.started is None else [[trial.started, now, trial.extra.get("gpus", 0)]]
+    return {_SPENT: [*trial.extra.get(_SPENT, []), *ran]}
+
+
+def _spans(trials: Iterable[Trial], now: float, since: float) -> list[tuple[float, float, float]]:
     found = []
     for trial in trials:
+        found += [(begin, end, gpus) for begin, end, gpus in trial.extra.get(_SPENT, [])]
+        gpus = float(trial.extra.get("gpus", 0))
         if trial.started is not None and trial.ended is not None:
-            found.append((trial.started, trial.ended))
+            found.append((trial.started, trial.ended, gpus))
         elif trial.started is not None and trial.state is TrialState.RUNNING and trial.started >= since:
-            found.append((trial.started, now))
+            found.append((trial.started, now, gpus))
     return found
 
 

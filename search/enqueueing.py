@@ -204,3 +204,8 @@ def source(trial: Trial) -> str | None:
 def unbegun(trials: Sequence[Trial]) -> list[Trial]:
     """Queued trials that have never run."""
     return [trial for trial in trials if trial.state is TrialState.WAITING and trial.started is None]
+
+
+def begun(trials: Sequence[Trial]) -> list[Trial]:
+    """All others: what is queued is no trial yet."""
+    return [trial for trial in trials if trial.state is not TrialState.WAITING or trial.started is not None]

@@ -15,7 +15,6 @@ from search.executors.local import LocalExecutor
 from search.journal import Journal
 from search.problem import DEFAULT_EPOCHS, Problem
 from search.pruners import Pruning, default_grace, get_pruner
-from search.space import Space
 from search.study import StudyConfig
 from search.supervision import Supervisor
 from search.trial import Trial
@@ -69,18 +68,21 @@ def supervisor(config: StudyConfig, executor: Executor) -> Supervisor:
     return Supervisor(*patience, executor.cpu_seconds, has_begun=executor.has_begun)
 
 
-def pruning(config: StudyConfig, prepared: dict[str, Any], space: Space) -> Pruning:
+def pruning(config: StudyConfig, prepared: dict[str, Any], journal: Journal) -> Pruning:
     """Which trials stop early, as the study was asked to.
 
-    The grace period follows from the plan alone: rungs must be the same for every trial of a study, also where the
-    number of epochs is a parameter that is found late.
+    Rungs must be the same for every trial of a study, and after a resume. So they follow from the plan and from the
+    space as discovery found it, whatever number of epochs is found later; the baseline needs none.
     """
     epochs = config.epochs or prepared["epochs"] or DEFAULT_EPOCHS
-    own = [] if config.epochs else [one.domain.high or 0 for one in space.parameters.values() if one.name == "epochs"]
+
+    def most() -> int:
+        found = [event.id for event in journal.events() if event.kind == "space"]
+        known = journal.space(found[-1]).parameters.values() if found and not config.epochs else ()
+        return int(max([epochs, *(one.domain.high or 0 for one in known if one.name == "epochs")]))
+
     grace = config.grace or default_grace(epochs)
-    return Pruning(
-        get_pruner(config.pruner), prepared["objective"], prepared["direction"], grace, int(max([epochs, *own]))
-    )
+    return Pruning(get_pruner(config.pruner), prepared["objective"], prepared["direction"], grace, most)
 
 
 def check_ends(config: StudyConfig, slots: Sequence[Slot]) -> None:

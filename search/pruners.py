@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import bisect
 import difflib
+import functools
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from search.errors import RequestError
@@ -57,8 +58,6 @@ class Curve:
 class Pruner(Protocol):
     """A pure function of its arguments."""
 
-    name: str
-
     def rungs(self, grace: int, most: int) -> tuple[int, ...]:
         """Numbers of epochs below ``most`` after which a trial asks; the first one is ``grace``."""
         ...
@@ -77,8 +76,6 @@ class Pruner(Protocol):
 class Off:
     """Every trial runs to its end."""
 
-    name = "none"
-
     def rungs(self, grace: int, most: int) -> tuple[int, ...]:
         """No trial asks."""
         return ()
@@ -96,8 +93,6 @@ class Asha:
     waits for a rung to fill.
     """
 
-    name = "asha"
-
     def rungs(self, grace: int, most: int) -> tuple[int, ...]:
         """The grace period, and three times as many epochs each time."""
         steps = (grace * ETA**k for k in itertools.count())
@@ -112,8 +107,6 @@ class Asha:
 class Median:
     """Vizier's median stopping rule (Golovin et al. 2017): a trial stops whose best value so far is worse than the
     median of the other trials' running means up to the same epoch. Five others have to have come so far."""
-
-    name = "median"
 
     def rungs(self, grace: int, most: int) -> tuple[int, ...]:
         """Each multiple of the grace period."""
@@ -158,14 +151,18 @@ class Pruning:
         objective: The name by which Keras reports it.
         direction: ``"min"`` or ``"max"``.
         grace: Epochs that every trial gets.
-        most: The most epochs that a trial may have.
+        most: The most epochs that a trial may have; asked for once, when the first trial that may be pruned begins.
     """
 
-    def __init__(self, pruner: Pruner, objective: str, direction: str, grace: int, most: int) -> None:
+    def __init__(self, pruner: Pruner, objective: str, direction: str, grace: int, most: Callable[[], int]) -> None:
         self._pruner, self._objective = pruner, objective
         self._sign = 1.0 if direction == "min" else -1.0
-        self._rungs = pruner.rungs(grace, most)
+        self._grace, self._most = grace, most
         self._curves: dict[int, tuple[int, Curve]] = {}  # trial number to its last attempt and what that reported
+
+    @functools.cached_property
+    def _rungs(self) -> tuple[int, ...]:
+        return self._pruner.rungs(self._grace, self._most())
 
     def rungs(self, trial: Trial) -> tuple[int, ...]:
         """Where this trial asks, as far as it gets there: not at its last epoch or later."""
@@ -174,12 +171,12 @@ class Pruning:
     def recall(self, trials: Iterable[Trial], reports: Iterable[Report]) -> None:
         """Take in what was recorded before."""
         known = {trial.number: trial for trial in trials}
-        for report in reports if self._rungs else ():
+        for report in reports:
             self.heard(known[report.trial], report)
 
     def heard(self, trial: Trial, report: Report) -> None:
         """Take in a report, at once: what was decided is the same whether it is in the journal already or not yet."""
-        if not self._rungs or trial.confirms is not None:
+        if isinstance(self._pruner, Off) or trial.confirms is not None:
             return
         attempt, curve = self._curves.get(trial.number, (-1, Curve()))
         if report.attempt > attempt:

@@ -10,8 +10,8 @@ from typing import Any
 
 from search import belief, ends, keeping, metrics, places, publishing, scoring, verdicts
 from search.domain import Domain
+from search.enqueueing import begun, unbegun
 from search.enqueueing import source as enqueued_from
-from search.enqueueing import unbegun
 from search.errors import StudyError
 from search.ledger import times
 from search.scoring import disagreement_line
@@ -40,7 +40,7 @@ def report(study: Study) -> dict[str, Any]:
         "study": study.name,
         "state": study.state,
         "ended": ended,
-        "because": _because(plan, ended, len(searched(trials))),
+        "because": _because(plan, ended, len(searched(begun(trials)))),
         "objective": meta.get("objective"),
         "direction": meta.get("direction"),
         "proportion": _is_proportion(str(meta.get("objective")), preflight),

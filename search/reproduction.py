@@ -139,7 +139,8 @@ def _trained(
         "default": trial.number == 0,
         "deterministic": record.config.deterministic,
     }
-    pruning = Pruning(get_pruner("asha"), prepared["objective"], prepared["direction"], trial.epochs, trial.epochs + 1)
+    asked = prepared["objective"], prepared["direction"], trial.epochs
+    pruning = Pruning(get_pruner("asha"), *asked, lambda: trial.epochs + 1)
     if trial.state is TrialState.PRUNED:  # and so it is stopped at the same epoch again
         payload["rungs"] = pruning.rungs(trial)
     reports: dict[int, Mapping[str, float]] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from search import devices, disk, jobs, journal_file, places, publishing
-from search.enqueueing import unbegun
+from search.enqueueing import begun, unbegun
 from search.errors import DataError, RequestError, StudyError
 from search.executors import NO_GPU, Executor, Job
 from search.journal import Journal
@@ -145,7 +145,7 @@ def _see_it_goes_on(name: str, journal: Journal, plan: StudyConfig) -> None:
     Raises:
         StudyError: If another of its ends is reached all the same.
     """
-    history = journal.history()
+    history = begun(journal.history())
     end = plan.ends.reached(history, journal.get("study")["direction"], 0.0, math.inf)
     if end is not None:
         why = plan.ends.because(end, len(searched(history))) or "had all its trials (--trials)"

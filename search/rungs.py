@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
@@ -23,7 +24,8 @@ class Channel(Protocol):
 def asking(channel: Channel, rungs: Collection[int]) -> Callable[[dict[str, Any]], None]:
     """``channel.send`` that waits, at the report of an epoch that is a rung, for the driver's word.
 
-    Not at the last epoch, after which there is nothing to save. A trial that goes on from a checkpoint reports its
+    Not at the last epoch, after which there is nothing to save, nor at one whose loss is no number, which fails. A
+    trial that goes on from a checkpoint reports its
     earlier epochs again, and asks again at their rungs.
 
     Args:
@@ -34,7 +36,8 @@ def asking(channel: Channel, rungs: Collection[int]) -> Callable[[dict[str, Any]
     """
 
     def send(body: dict[str, Any]) -> None:
-        if body["type"] != "report" or body["step"] not in rungs or body["step"] >= body["of"]:
+        asks = body["type"] == "report" and body["step"] in rungs and body["step"] < body["of"]
+        if not asks or math.isnan(body["metrics"].get("loss", 0.0)):
             channel.send(body)
             return
         channel.send({**body, "waits": True})

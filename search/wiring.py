@@ -112,7 +112,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
                         room = config.trials - 1 - len(asked_first)
                         wishes = [*asked_first, *warm_start.wishes(learned, space, room)]
                         kept = ("reported", "custom", "declaration", "size", "disagreement")
-                        with journal.one_commit():
+                        with journal.one_commit(now=True):
                             enqueueing.queue(journal, wishes, config.seed, watcher.say)
                             journal.put("preflight", {key: preflight.get(key) for key in kept})
                             journal.put("state", "RUNNING")
@@ -188,7 +188,7 @@ def drive(
         baseline=lambda: (journal.get("preflight") or {}).get("declaration"),
         errors=config.stop_after_stale is not None,
     )
-    pruning = jobs.pruning(config, prepared, journal.space())
+    pruning = jobs.pruning(config, prepared, journal)
 
     def payload(trial: Trial, proposal: dict[str, Any] | None) -> dict[str, Any]:
         place = places.trial(folder, trial.number)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search import jobs
+from search.attempt import Attempt
 from search.ends import Ends, busy, gpu_hours, stale
-from search.errors import RequestError
+from search.enqueueing import Wish, queue
+from search.errors import RequestError, TrialFailed
 from search.executors import Slot
 from search.executors.inline import InlineExecutor
 from search.finalists import Confirmation, plan
@@ -49,6 +51,12 @@ def test_a_gain_is_more_than_one_standard_error_beyond_the_last_gain() -> None:
     assert stale(trials) == 2
     assert stale([*trials, complete(3, 0.89, 0.1)]) == 0  # small steps add up
     assert stale([*trials, complete(3, 1.5, 0.1), complete(4, 0.8, 0.5), complete(5, 0.7, 0.0)]) == 1
+
+
+def test_nothing_is_stale_before_the_first_trial_that_completes() -> None:
+    pruned = [other(number, TrialState.PRUNED) for number in range(1, 6)]
+    assert stale([other(0, TrialState.FAILED), *pruned]) == 0
+    assert stale([complete(0, 1.0, ended=6.5), *pruned, other(7, TrialState.PRUNED)]) == 1
 
 
 def test_any_better_score_is_a_gain_where_the_metric_has_no_error() -> None:
@@ -90,6 +98,17 @@ def test_gpu_hours_count_the_share_of_every_trial() -> None:
     running = other(2, TrialState.RUNNING, started=7200.0, ended=None, extra={"gpus": 1.0})
     assert gpu_hours([whole, half, complete(3, 1.0)], 0.0, NEVER) == 3.0
     assert gpu_hours([whole, half, running], 7200.0 + 1800.0, 0.0) == 3.5
+
+
+def test_attempts_that_were_given_up_count_too() -> None:
+    first = Attempt(other(1, TrialState.RUNNING, started=0.0, ended=None, extra={"gpus": 2.0}), Slot(0, 1))
+    waiting = first.waiting(TrialFailed("crash", "it died"), True, now=1800.0)
+    assert busy([waiting], 9e9, 0.0) == 1800.0 and gpu_hours([waiting], 9e9, 0.0) == 1.0
+    extra = {**waiting.extra, "gpus": 1.0}
+    again = dataclasses.replace(waiting, state=TrialState.RUNNING, attempt=1, started=3600.0, extra=extra)
+    assert busy([again], 7200.0, 0.0) == 5400.0 and gpu_hours([again], 7200.0, 0.0) == 2.0
+    third = Attempt(again, Slot(0, 1)).waiting(TrialFailed("crash", "it died"), True, now=7200.0)
+    assert busy([third], 9e9, 0.0) == 5400.0 and gpu_hours([third], 9e9, 0.0) == 2.0
 
 
 def test_a_slots_share_of_a_gpu() -> None:
@@ -213,6 +232,48 @@ def test_a_resumed_search_has_what_is_left_of_its_time(journal: Journal) -> None
     assert driver(journal, None, executor=Timed(body), discovery=None, ends=Ends(60, timeout=used + 3.0),
                   clock=lambda: now).run() == "timeout"  # fmt: skip
     assert used + 3.0 <= busy(journal.history()) <= used + 5.0
+
+
+def test_an_end_that_is_reached_while_it_confirms_is_not_the_searchs(journal: Journal) -> None:
+    now = 1000.0
+
+    class Timed(InlineExecutor):
+        def poll(self, timeout: float) -> list[Any]:
+            nonlocal now
+            now += 100.0 if any(trial.confirms is not None for trial in journal.history()) else 0.1
+            return super().poll(timeout)
+
+    made = driver(
+        journal,
+        None,
+        executor=Timed(study(RATE, score=lambda p: p["rate"])),
+        ends=Ends(9, timeout=200.0, stale=50),
+        confirm=lambda history: plan(history, Confirmation(3, 2), 7),
+        clock=lambda: now,
+    )
+    assert made.run() == "complete" and busy(journal.history()) > 200.0
+
+
+def test_what_was_queued_and_never_ran_is_no_trial_of_the_search(journal: Journal) -> None:
+    heard: list[str] = []
+    asked: list[int] = []
+
+    class Listening(Silent):
+        def say(self, text: str) -> None:
+            heard.append(text)
+
+    def confirm(history: Sequence[Trial]) -> list[Trial]:
+        asked.append(len(history))
+        return []
+
+    def begin(_: dict[str, Any]) -> None:
+        wishes = [Wish({"rate": rate}, "the test") for rate in (0.2, 0.3, 0.4)]
+        queue(journal, wishes, 7, heard.append)
+
+    body = study(RATE, score=lambda p: p["rate"])
+    made = driver(journal, body, ends=Ends(50, target=0.05), watcher=Listening(), confirm=confirm, on_preflight=begin)
+    assert made.run() == "target" and len(journal.history()) == 4
+    assert asked == [1] and any("stopped after 1 of 50 trials" in text for text in heard)
 
 
 # ── a study ──────────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search import keeping
+from search import jobs, keeping
+from search.domain import Domain
 from search.errors import RequestError
 from search.executors import Lost, Slot
 from search.executors.inline import InlineExecutor
@@ -22,11 +23,12 @@ from search.finalists import Confirmation, plan
 from search.journal import Journal
 from search.pruners import ETA, PRUNERS, Asha, Curve, Median, Pruning, default_grace, get_pruner
 from search.rungs import asking
-from search.study import Study
+from search.space import Parameter, Space
+from search.study import Study, StudyConfig
 from search.supervision import Supervisor
 from search.trial import Report, Trial, TrialState, ranked
 from tests.conftest import Heldout
-from tests.test_driver import RATE, asks_for, driver, result, study
+from tests.test_driver import RATE, UNITS, asks_for, driver, result, study
 from tests.tiny import write_space
 
 VALUES = st.floats(allow_nan=True, allow_infinity=True)
@@ -127,7 +129,7 @@ def told(pruning: Pruning, number: int, *values: float | None, attempt: int = 0,
 
 @pytest.fixture
 def pruning() -> Pruning:
-    return Pruning(get_pruner("asha"), "val_accuracy", "max", 1, 10)
+    return Pruning(get_pruner("asha"), "val_accuracy", "max", 1, lambda: 10)
 
 
 def test_the_baseline_and_what_confirms_are_never_asked_for(pruning: Pruning) -> None:
@@ -163,7 +165,7 @@ def test_only_the_last_attempt_counts_however_late_the_first_is_heard(pruning: P
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2), st.floats(0, 1)), max_size=40), st.integers(0, 40))
 def test_what_is_recalled_decides_as_what_was_heard(rows: list[tuple[int, int, float]], cut: int) -> None:
     """A resume needs nothing but the recorded reports."""
-    asked: tuple[Any, ...] = (get_pruner("asha"), "val_accuracy", "max", 1, 10)
+    asked: tuple[Any, ...] = (get_pruner("asha"), "val_accuracy", "max", 1, lambda: 10)
     whole, resumed = Pruning(*asked), Pruning(*asked)
     steps: dict[tuple[int, int], int] = {}
     reports = []
@@ -204,7 +206,7 @@ def training(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Ite
 
 
 def pruned(journal: Journal, name: str = "asha", executor: Any = None, slots: int = 3, **changes: Any) -> list[Trial]:
-    pruning = Pruning(get_pruner(name), "val", "max", 1, EPOCHS)
+    pruning = Pruning(get_pruner(name), "val", "max", 1, lambda: EPOCHS)
     payload = lambda trial, proposal: {  # noqa: E731
         "number": trial.number, "attempt": trial.attempt, "proposal": proposal, "rungs": pruning.rungs(trial)
     }  # fmt: skip
@@ -317,17 +319,47 @@ def test_a_trial_that_waited_when_its_driver_died_asks_again(journal: Journal) -
         )  # fmt: skip
 
 
+def test_rungs_are_those_of_the_space_that_discovery_found_and_stay_so_on_resume(journal: Journal) -> None:
+    config = StudyConfig("s", pruner="asha")
+    prepared = {"objective": "val", "direction": "max", "epochs": 20}
+    launched = jobs.pruning(config, prepared, journal)
+    assert launched.rungs(Trial(0)) == ()  # before anything is known
+    journal.adopt(Space.empty().grown(asks_for(None, Parameter("epochs", "epochs", (), Domain("int", 10, 100, 1)))))
+    assert launched.rungs(Trial(1)) == jobs.pruning(config, prepared, journal).rungs(Trial(1)) == (2, 6, 18, 54)
+
+
+def test_what_a_pruned_trial_did_not_come_to_ask_for_stays_in_the_space(journal: Journal) -> None:
+    """Its asks end where it was stopped, which says nothing of what such a configuration asks for."""
+
+    def late(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+        asks = asks_for(job["payload"].get("proposal"), RATE)
+        whole = asks_for(job["payload"].get("proposal"), RATE, UNITS)
+        if job["kind"] != "trial":
+            send({"type": "result", "space": Space.empty().grown(whole).to_json(), "complete": True})
+            return
+        if job["payload"]["number"] == 0:
+            send({"type": "preflight", "asks": asks})
+        send({"type": "report", "step": 1, "metrics": {"val": asks[0]["value"]}, "waits": 1 in job["payload"]["rungs"]})
+        if job["payload"]["rungs"] and (yield)["stop"]:  # type: ignore[misc]
+            send({"type": "result", "asks": asks, "stopped": True})
+            return
+        send({**result(whole, asks[0]["value"]), "epochs": EPOCHS})
+
+    trials = pruned(journal, executor=InlineExecutor(late))
+    assert sum(trial.state is TrialState.PRUNED for trial in trials) > 10
+    space = journal.space()
+    assert all("units" in space.sample(random.Random(seed)) for seed in range(50))
+
+
 def test_ten_pruned_trials_in_a_row_are_no_failures(journal: Journal) -> None:
     class Everyone:
-        name = "everyone"
-
         def rungs(self, grace: int, most: int) -> tuple[int, ...]:
             return (1,)
 
         def stops(self, own: Curve, others: Sequence[Curve], step: int) -> bool:
             return True
 
-    pruning = Pruning(Everyone(), "val", "max", 1, EPOCHS)
+    pruning = Pruning(Everyone(), "val", "max", 1, lambda: EPOCHS)
     payload = lambda trial, proposal: {"number": trial.number, "proposal": proposal, "rungs": pruning.rungs(trial)}  # noqa: E731
     driver(journal, None, executor=InlineExecutor(training), trials=15, pruning=pruning, payload=payload).run()
     states = [t.state for t in journal.history()]
@@ -365,6 +397,12 @@ def test_a_trial_waits_at_its_rungs_but_not_at_its_last_epoch() -> None:
         send({"type": "report", "step": step, "of": 9, "metrics": {}})
     send({"type": "asks", "asks": []})
     assert [body["step"] for body in channel.sent if body.get("waits")] == [1, 3]
+
+
+def test_a_trial_whose_loss_is_no_number_fails_at_its_rung_and_waits_for_nothing() -> None:
+    channel = Answering()
+    asking(channel, (1,))({"type": "report", "step": 1, "of": 9, "metrics": {"loss": math.nan, "val": 0.1}})
+    assert not channel.sent[0].get("waits")
 
 
 # The rate decides how much a model learns, from nothing to everything; every fit says that it went to its end.

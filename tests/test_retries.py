@@ -16,7 +16,7 @@ from search.retries import RETRIES
 from search.surroundings import FINISH, NOW, Calm
 from search.trial import Trial, TrialState
 from search.watcher import Silent
-from tests.test_driver import RATE, UNITS, ReadingJudge, asks_for, driver, journal, study  # noqa: F401 (a fixture)
+from tests.test_driver import RATE, UNITS, ReadingJudge, asks_for, driver, journal, result, study  # noqa: F401 (a fixture)
 
 WHOLE = study(RATE, score=lambda p: 0.5)
 
@@ -401,7 +401,10 @@ def test_a_baseline_that_is_sooner_than_discovery_ends_when_the_study_has_begun(
 @pytest.mark.parametrize(
     "body",
     [{"type": "report", "step": 1}, {"type": "report"}, {"type": "asks"}, {"type": "asks", "asks": [{}]}]
-    + [{"type": "result"}],
+    + [{"type": "result"}, {"type": "result", "asks": []}, {"type": "report", "step": 1, "metrics": [1]}]
+    + [{"type": "report", "step": step, "metrics": {}} for step in (None, 0, True, 2**70)]
+    + [{"type": "report", "step": 1, "metrics": {"loss": "x"}}]
+    + [{**result([{}], 0.5)}, {**result([], 0.5), "epochs": "2"}, {**result([], 0.5), "asks": "x"}],
 )
 def test_a_trial_that_breaks_the_protocol_ends_alone(journal: Journal, body: dict[str, Any]) -> None:  # noqa: F811
     script = [[Message(f"trial-2-{n}", body), Exited(f"trial-2-{n}", 0, None, 1.0)] for n in range(3)]
