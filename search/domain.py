@@ -222,7 +222,10 @@ class Domain:
         if self.kind == "float" or (self.values and isinstance(self.values[0], float)):
             if isinstance(value, bool | str):
                 return None
-            value = float(value)
+            try:
+                value = float(value)
+            except OverflowError:  # a whole number that no float is
+                return None
         elif self.kind == "int" and type(value) is not int:
             return None
         if self.count is None:

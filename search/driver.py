@@ -399,10 +399,12 @@ class Driver:
         self._seats.give_back(attempt.slot)
 
     def _grow(self, attempt: Attempt) -> dict[str, Any]:
-        """Record what the trial asked for; its parameters are exactly that."""
+        """Record what the trial asked for; its parameters are exactly that, and of one that ended early what was
+        proposed as well, or it would not be known for the configuration that it was."""
         if not attempt.asks:
             return dict(attempt.trial.params)
         whole = attempt.failure is None and not attempt.stopped
         grown = self._journal.grow(attempt.asks, attempt.trial.number, complete=whole)
         self._space = grown
-        return dict(grown.params_of(attempt.asks))
+        asked = dict(grown.params_of(attempt.asks))
+        return asked if whole else {**attempt.trial.params, **asked}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import difflib
@@ -74,11 +75,11 @@ def read(path: str | None) -> list[Wish]:
 
 def _objects(path: str, text: str) -> list[Any]:
     try:
-        found = json.loads(text)
-    except ValueError as whole:
+        found = _loaded(path, text)
+    except (ValueError, RecursionError) as whole:
         try:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        except ValueError:
+            return [_loaded(path, line) for line in text.splitlines() if line.strip()]
+        except (ValueError, RecursionError):
             raise RequestError(
                 f"--enqueue must name a JSON list of objects, an object a line, or a .csv file, but {path} is none of "
                 f"these: {whole}"
@@ -86,8 +87,25 @@ def _objects(path: str, text: str) -> list[Any]:
     return found if isinstance(found, list) else [found]
 
 
+def _loaded(path: str, text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _check_once(path, [name for name, _ in pairs])
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=once)
+
+
+def _check_once(path: str, names: Sequence[str]) -> None:
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise RequestError(f"{path} must give each parameter one value, but names {twice[0]!r} twice; leave one out")
+
+
 def _rows(path: str, text: str) -> list[Any]:
-    header, *rows = list(csv.reader(text.splitlines())) or [[]]
+    try:
+        header, *rows = list(csv.reader(text.splitlines(), skipinitialspace=True)) or [[]]
+    except csv.Error as error:
+        raise RequestError(f"--enqueue must name a table with a header, but {path} cannot be read: {error}") from None
+    _check_once(path, [name.strip() for name in header])
     found = []
     for number, row in enumerate((row for row in rows if row), 1):
         if len(row) != len(header):
@@ -150,16 +168,24 @@ def fitted(wish: Wish, space: Space) -> Fitted:
 def _match(parameter: Parameter, value: Any, as_text: bool) -> Value | None:
     found = parameter.domain.match(value)
     if found is None and as_text:
-        try:
-            found = parameter.domain.match(json.loads(value.lower() if value in ("True", "False") else value))
-        except ValueError:
-            pass
+        if value.lower() in ("true", "false"):
+            return parameter.domain.match(value.lower() == "true")
+        with contextlib.suppress(ValueError):
+            number = float(value)
+            found = parameter.domain.match(number)
+            if found is None and number.is_integer():  # as whole numbers are written in a column with gaps
+                found = parameter.domain.match(int(number))
+            if found is None:
+                found = parameter.domain.match(int(value))  # too large to be a float
     return found
 
 
 def _refused(wish: Wish, name: str, meant: Sequence[Parameter]) -> RequestError:
     domains = " or ".join(str(parameter.domain) for parameter in meant)
-    return RequestError(f"{wish.source}: {name} must be in {domains}, but got {wish.params[name]!r}")
+    return RequestError(
+        f"{wish.source}: {name} must be in {domains}, but got {wish.params[name]!r}; change it, or leave it out for "
+        "the default"
+    )
 
 
 def queue(journal: Journal, wishes: Sequence[Wish], seed: int, say: Callable[[str], None]) -> None:

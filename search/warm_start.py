@@ -23,6 +23,9 @@ from search.trial import Params, Trial, TrialState, Value
 FIRST = 3  # configurations of each study that are tried first
 _MOST = 1000  # configurations of each study that samplers learn from
 
+_STEEPEST = 3.0  # a line that is steeper than the spreads of both studies say by this factor is drawn by noise
+_LARGEST = 1e100
+
 _Known = tuple[int, dict[str, Value], float]  # number, configuration, loss
 
 
@@ -115,19 +118,24 @@ def wishes(recorded: Sequence[Mapping[str, Any]], space: Space, room: int) -> li
     for one in recorded:
         carried = [(trial["number"], *_carried(trial["params"], one["names"], space)) for trial in one["trials"]]
         count = 0
-        for number, params, is_whole in sorted(carried, key=lambda found: not found[2]):
+        for number, params, is_whole, unasked in sorted(carried, key=lambda found: not found[2]):
             if count == FIRST or len(out) == room:
                 break
             if (signature := space.signature(params)) not in seen:
                 seen.add(signature)
                 count += 1
                 cut = "" if is_whole else ", but for values that are out of bounds"
+                cut += f", without {', '.join(unasked)}, not asked for here yet" if unasked else ""
                 out.append(Wish(params, f"trial {number} of {one['study']}{cut}"))
     return out
 
 
-def _carried(params: Params, names: Mapping[str, str], space: Space) -> tuple[dict[str, Value], bool]:
-    """A configuration of another space in this one, matched by name; and whether no value was out of bounds."""
+def _carried(params: Params, names: Mapping[str, str], space: Space) -> tuple[dict[str, Value], bool, list[str]]:
+    """A configuration of another space in this one, matched by name.
+
+    Returns:
+        The configuration, whether no value was out of bounds, and the names that nothing in this space has.
+    """
     known = {key: value for key, value in params.items() if key not in names}
     for key, name in names.items():
         if key in params:
@@ -143,14 +151,16 @@ def _carried(params: Params, names: Mapping[str, str], space: Space) -> tuple[di
         default = parameter.domain.default
         return parameter.domain.value(0.0) if default is None else default
 
-    return space.walk(choose), is_whole
+    unasked = sorted(known.keys() - {parameter.name for parameter in space.declared})
+    return space.walk(choose), is_whole, unasked
 
 
 class Informed:
     """A sampler whose history begins with that of other studies, under negative numbers.
 
-    Losses of another objective, or of other rows, are put on this study's scale: by location and spread of the
-    configurations that both have, which the baseline and those tried first see to.
+    Losses of another objective, or of other rows, are put on this study's scale by the line through what the
+    configurations scored that both have, which the baseline and those tried first see to. Where they disagree the
+    line is flat, and says nothing.
     """
 
     def __init__(self, sampler: Sampler, recorded: Sequence[Mapping[str, Any]], objective: str, direction: str) -> None:
@@ -183,7 +193,7 @@ class Informed:
         for one in self._recorded:
             out.append([])
             for trial in one["trials"]:
-                params, is_whole = _carried(trial["params"], one["names"], space)
+                params, is_whole, _ = _carried(trial["params"], one["names"], space)
                 if is_whole:
                     out[-1].append((number, params, trial["loss"]))
                 number += 1
@@ -200,13 +210,21 @@ def _rescaled(theirs: Sequence[_Known], history: Sequence[Trial], space: Space) 
         and trial.loss is not None
         and (signature := space.signature(trial.params)) in there
     ]
-    if not both:  # nothing to compare by yet
-        return list(theirs)
-    before, now = [a for a, _ in both], [b for _, b in both]
-    wide = statistics.pstdev(before), statistics.pstdev(now)
-    ratio = wide[1] / wide[0] if all(wide) else 1.0
+    own = [trial.loss for trial in history if trial.state is TrialState.COMPLETE and trial.loss is not None]
+    if not both:
+        return [] if own else list(theirs)  # two scales in one history would say that all of one are better
+    before, now = [_near(a) for a, _ in both], [_near(b) for _, b in both]
+    wide = statistics.pstdev(map(_near, own)), statistics.pstdev(_near(loss) for _, _, loss in theirs)
+    most = _STEEPEST * wide[0] / wide[1] if all(wide) else 1.0
+    line = statistics.linear_regression(before, now).slope if len(both) > 1 and len(set(before)) > 1 else most
+    slope = min(max(line, 0.0), most)
     middle = statistics.fmean(before), statistics.fmean(now)
-    return [(number, params, middle[1] + (loss - middle[0]) * ratio) for number, params, loss in theirs]
+    return [(number, params, middle[1] + (_near(loss) - middle[0]) * slope) for number, params, loss in theirs]
+
+
+def _near(loss: float) -> float:
+    """Small enough to be reckoned with."""
+    return min(max(loss, -_LARGEST), _LARGEST)
 
 
 def sampler(journal: Journal, config: StudyConfig) -> Sampler:

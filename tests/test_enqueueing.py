@@ -65,6 +65,10 @@ def test_one_object_is_one_configuration(tmp_path: Path) -> None:
         ("a.csv", "kind,rate\n", "a.csv has none"),
         ("a.csv", "", "a.csv has none"),
         ("a.json", '[{"rate": 0.1}, 3]', "a.json, entry 2 must be a JSON object of names and values, but is 3"),
+        ("a.csv", "rate,rate\n1,2\n", "names 'rate' twice"),
+        ("a.json", '{"rate": 1, "rate": 2}', "names 'rate' twice"),
+        ("a.csv", f"rate\n{'9' * 200_000}\n", "cannot be read: field larger"),
+        ("a.json", "[" * 100_000, "is none of these"),
         ("a.csv", "kind,rate\ncnn\n", "a.csv, entry 1 must have 2 fields, as the header has, but has 1"),
     ],
 )
@@ -101,6 +105,7 @@ def test_the_plan_must_have_room() -> None:
         ({"kind": None}, "entry 7: kind must be in {'mlp', 'cnn'}, but got None"),
         ({"rte": 0.1}, "entry 7: 'rte' must be a parameter of the space (did you mean 'rate'?), which has kind, "),
         ({"filters": 9}, "entry 7: filters must be in int 8..64 in steps of 8, but got 9"),  # though it is not active
+        ({"rate": 10**400}, "entry 7: rate must be in float 0.0001..0.1 on a log scale, but got 1000"),
         ({"rate": float("nan")}, "entry 7: rate must be in float 0.0001..0.1 on a log scale, but got nan"),
     ],
 )
@@ -147,6 +152,10 @@ def test_text_of_a_table_is_read_as_what_the_parameter_takes() -> None:
         "size": 32,
         "rate": 0.1,
     }
+    given = {"flag": "false", "code": "16", "size": "32.0", "rate": ".5"}  # as spreadsheets and pandas write them
+    assert list(fitted(Wish(given, "a", as_text=True), space_of(build)).params.values()) == [False, "16", 32, 0.5]
+    with pytest.raises(RequestError, match="size must be in {16, 32}, but got '32.5'"):
+        fitted(Wish({"size": "32.5"}, "a", as_text=True), space_of(build))
     with pytest.raises(RequestError, match="size must be in {16, 32}, but got '32'"):
         fitted(Wish({"size": "32"}, "a"), space_of(build))
 

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 
 from search.attempt import Verdict
+from search.domain import Domain
 from search.errors import DiskFull, SpaceError, StudyStopped
 from search.executors import Event, Exited, Job, Lost, Message, Slot, died
 from search.executors.inline import InlineExecutor
 from search.journal import Journal
 from search.retries import RETRIES
+from search.samplers import get_sampler
+from search.space import Parameter
 from search.surroundings import FINISH, NOW, Calm
 from search.trial import Trial, TrialState
 from search.watcher import Silent
@@ -437,3 +440,21 @@ def test_a_journal_that_lacks_a_trial_goes_on_with_the_next_number(journal: Jour
 
 def test_the_table_has_every_reason() -> None:
     assert RETRIES == {"nan": 0, "oom": 1, "crash": 2, "timeout": 0, "lost": 2, "invalid": 0}
+
+
+def test_a_trial_that_fails_before_it_has_asked_for_everything_is_known_for_what_was_proposed(journal: Journal) -> None:  # noqa: F811
+    """Else a grid would propose the same configuration again, as often as it fails."""
+    one, two = (Parameter(name, name, (), Domain("int", 1, 3, default=1)) for name in ("one", "two"))
+
+    def body(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+        payload = job["payload"]
+        if payload.get("number") and asks_for(payload["proposal"], one)[0]["value"] == 2:
+            send({"type": "asks", "asks": asks_for(payload["proposal"], one)})
+            send({"type": "failed", "reason": "invalid", "message": "no"})
+            return
+        study(one, two, score=lambda _: 0.5)(job, send)
+
+    assert driver(journal, body, trials=20, sampler=get_sampler("grid")).run() == "exhausted"
+    trials = journal.history()
+    assert len({tuple(sorted(t.params.items())) for t in trials}) == len(trials) == 9
+    assert [t.state for t in trials if t.params["one"] == 2] == [TrialState.FAILED] * 3

@@ -416,7 +416,7 @@ def test_the_kernels_of_a_trial_have_a_mass_of_one(domain: Domain) -> None:
     parameter = flat(x=domain).declared[0]
     rng = random.Random(0)
     history = [trial(number, {"x": domain.sample(rng)}, float(number)) for number in range(12)]
-    seen = Seen(history)
+    seen = Seen(history, [parameter])
     axis = axis_of(parameter, seen, seen.having(parameter), 0.5)
     if axis.choices:
         grid = np.arange(axis.choices, dtype=float)
@@ -430,10 +430,34 @@ def test_the_kernels_of_a_trial_have_a_mass_of_one(domain: Domain) -> None:
 
 def test_a_long_history_is_looked_at_in_part() -> None:
     history = history_of(LINE, 3000, lambda params: abs(float(params["x"]) - 0.7))
-    seen = Seen(history)
+    seen = Seen(history, LINE.declared)
     assert len(seen.history) <= 500 and seen.history[-1] is history[-1]
     assert min(history, key=lambda one: one.loss or 0.0) in seen.history
     assert abs(mean_of(history) - 0.7) < 0.1
+
+
+def test_a_parameter_of_one_value_changes_no_proposal() -> None:
+    """Nor does it make what was tried look new."""
+    domains = {"x": Domain("int", 0, 9), "y": Domain("choice", values=("a", "b", "c"))}
+    with_one, without = flat(**domains, one=Domain("int", 3, 3)), flat(**domains)
+    sampler, history = get_sampler("tpe"), []
+    for number in range(25):
+        params = sampler.ask(history, without, number).params
+        one = [dataclasses.replace(t, params={"one": 3, **t.params}) for t in history]
+        assert sampler.ask(one, with_one, number).params == {**params, "one": 3}
+        history.append(trial(number, dict(params), abs(float(params["x"]) - 4)))
+
+
+def test_no_failed_trial_is_a_good_one() -> None:
+    rng = random.Random(0)
+    for complete in (0, 2):  # the space's left half fails, and where x is asked for nothing else may be known
+        places = [rng.uniform(0.5, 1) for _ in range(complete)] + [rng.uniform(0, 0.5) for _ in range(24)]
+        history = [trial(number, {}, 1.0) for number in range(12)]
+        for number, x in enumerate(places, 12):
+            state = State.COMPLETE if x >= 0.5 else State.FAILED
+            history.append(trial(number, {"x": x}, 1.0 if x >= 0.5 else None, state))
+        drawn = [float(get_sampler("tpe").ask(history, LINE, seed).params["x"]) for seed in range(100)]
+        assert sum(x > 0.5 for x in drawn) > 90
 
 
 def test_a_rarely_active_parameter_learns() -> None:
@@ -599,10 +623,21 @@ def test_cma_es_comes_to_the_same_state_from_the_record() -> None:
     assert sampler.ask(ended, space, 5) == sampler.ask(others, space, 5)
 
 
+@NEEDS_OPTUNA
+def test_cma_es_goes_on_where_a_repaired_journal_lacks_trials() -> None:
+    sampler = get_sampler("optuna-cmaes")
+    space = flat(a=Domain("float", 0, 1), b=Domain("float", 0, 1))
+    history = run(sampler, space, 40)
+    last = history[-1].memo["generation"]
+    for lost in ({3}, set(range(6)), set(range(6, 20))):
+        left = run_from(sampler, space, [t for t in history if t.number not in lost], 50)
+        assert left[-1].memo["generation"] > last
+
+
 def run_from(sampler: Sampler, space: Space, history: Sequence[Trial], count: int) -> list[Trial]:
     """The history continued to so many trials."""
     out = list(history)
-    for number in range(len(out), count):
+    for number in range(out[-1].number + 1 if out else 0, count):
         proposal = propose(sampler, out, space, number)
         assert proposal is not None
         done = trial(number, proposal.params, loss_of(proposal.params))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -223,10 +224,11 @@ def test_declarations_are_matched_by_name_whatever_their_key() -> None:
     there, here = space_of(build, {"wide": True}), flat(wide=Domain("boolean"), units=Domain("int", 8, 512))
     names = {key: p.name for key, p in there.parameters.items() if key != p.name}
     assert names == {"units~2": "units"}
-    assert warm_start._carried({"wide": True, "units~2": 300}, names, here) == ({"wide": True, "units": 300}, True)
+    assert warm_start._carried({"wide": True, "units~2": 300}, names, here) == ({"wide": True, "units": 300}, True, [])
     back = warm_start._carried({"wide": True, "units": 300}, {}, there)
-    assert back == ({"wide": True, "units~2": 300}, True)
-    assert warm_start._carried({"wide": True, "units": 9}, {}, there) == ({"wide": True, "units~2": 256}, False)
+    assert back == ({"wide": True, "units~2": 300}, True, [])
+    assert warm_start._carried({"wide": True, "units": 9}, {}, there) == ({"wide": True, "units~2": 256}, False, [])
+    assert warm_start._carried({"wide": True, "batch": 9}, {}, there)[2] == ["batch"]
 
 
 # What samplers see.
@@ -285,6 +287,23 @@ def test_losses_of_another_measure_are_put_on_this_studys_scale(tmp_path: Path) 
     assert {t.number: t.loss for t in seeing.seen[:12]} == pytest.approx(
         {number: 100 + loss / 10 for number, loss in theirs.items()}
     )
+    other = Trial(3, TrialState.COMPLETE, {"rate": 0.0123, "units": 3}, loss=100.0)
+    sampler.ask([other], HERE, 0)  # nothing says what their scale is worth on this one
+    assert seeing.seen == [other]
+    against = [Trial(n, TrialState.COMPLETE, t["params"], loss=100 - t["loss"]) for n, t in enumerate(both)]
+    sampler.ask(against, HERE, 0)  # what is good there is bad here
+    assert len({t.loss for t in seeing.seen[:12]}) == 1
+    # Two that are almost alike say little of how steep the line is.
+    recorded[0]["trials"][1]["loss"] = recorded[0]["trials"][0]["loss"] + 1e-9
+    near = [Trial(n, TrialState.COMPLETE, recorded[0]["trials"][n]["params"], loss=float(n)) for n in (0, 1)]
+    sampler, seeing = informed(recorded)
+    sampler.ask(near, HERE, 0)
+    assert max(abs(t.loss or 0.0) for t in seeing.seen[:12]) < 20
+    recorded[0]["trials"][11]["loss"] = 1.7e308
+    sampler, seeing = informed(recorded)
+    sampler.ask(near, HERE, 0)
+    assert all(math.isfinite(t.loss or 0.0) for t in seeing.seen)
+    sampler, seeing = informed(learned(earlier(tmp_path / "again", digest="elsewhere"), is_allowed=True))
     sampler.ask(own[:1], HERE, 0)  # one is enough to shift by
     best = seeing.seen[0].loss
     assert best == pytest.approx(own[0].loss)

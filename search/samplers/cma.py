@@ -13,6 +13,7 @@ from typing import Any
 
 from search.samplers import Proposal
 from search.samplers.optuna import needs
+from search.samplers.tpe import badness
 from search.space import Parameter, Space
 from search.trial import Trial, TrialState, Value
 
@@ -45,14 +46,18 @@ class CMAESSampler:
         numbered = {trial.number: trial for trial in ours}
         generations = {trial.memo["generation"]: trial.memo["told"] for trial in ours}
         told: list[int] = []
-        for generation in range(1, max(generations, default=0) + 1):
-            told = generations[generation]
-            _tell(optimizer, [numbered[number] for number in told], dimensions)
-        ended = [t for t in ours if t.memo["generation"] == optimizer.generation and t.state.is_finished]
+        current = max(generations, default=0)
+        for generation in range(1, current + 1):
+            told = generations.get(generation, [])
+            known = sorted((numbered[number] for number in told if number in numbered), key=badness)
+            if known:  # a journal that was repaired may lack some, for which the worst stands in
+                _tell(optimizer, known + known[-1:] * (optimizer.population_size - len(known)), dimensions)
+        ended = [t for t in ours if t.memo["generation"] == current and t.state.is_finished]
         if len(ended) >= optimizer.population_size and any(t.state is TrialState.COMPLETE for t in ended):
             # Without a complete trial there is no better and worse yet, and the generation goes on.
-            ended = sorted(ended, key=_badness)[: optimizer.population_size]
+            ended = sorted(ended, key=badness)[: optimizer.population_size]
             told = [trial.number for trial in ended]
+            current += 1
             _tell(optimizer, ended, dimensions)
         optimizer.reseed_rng(seed % 2**32)
         place = [float(x) for x in np.clip(optimizer.ask(), 0.0, 1.0)]
@@ -61,7 +66,7 @@ class CMAESSampler:
         def choose(parameter: Parameter) -> Value:
             return parameter.domain.value(at[parameter.key]) if parameter.key in at else parameter.draw(seed)
 
-        memo = {"keys": keys, "generation": optimizer.generation, "told": told, "place": place}
+        memo = {"keys": keys, "generation": current, "told": told, "place": place}
         return Proposal(space.walk(choose), memo)
 
 
@@ -84,16 +89,8 @@ def _tell(optimizer: Any, trials: Sequence[Trial], dimensions: Sequence[Paramete
     """One generation's results: their ranks, which are all that the algorithm looks at."""
     import numpy as np
 
-    best_first = sorted(trials, key=_badness)
+    best_first = sorted(trials, key=badness)
     optimizer.tell([(np.array(_place(t, dimensions)), float(rank)) for rank, t in enumerate(best_first)])
-
-
-def _badness(trial: Trial) -> tuple[int, float, int]:
-    if trial.state is TrialState.COMPLETE and trial.loss is not None:
-        return 0, trial.loss, trial.number
-    if trial.state is TrialState.PRUNED:
-        return 1, -trial.epochs, trial.number  # the later it was stopped, the better it was
-    return 2, 0.0, trial.number
 
 
 def _place(trial: Trial, dimensions: Sequence[Parameter]) -> list[float]:
@@ -101,6 +98,8 @@ def _place(trial: Trial, dimensions: Sequence[Parameter]) -> list[float]:
     found = []
     for parameter, drawn in zip(dimensions, trial.memo["place"], strict=True):
         value = trial.params.get(parameter.key)
-        kept = value is None or value == parameter.domain.value(drawn) or not parameter.domain.contains(value)
-        found.append(drawn if kept or value is None else parameter.domain.unit(value))
+        if value is None or value == parameter.domain.value(drawn) or not parameter.domain.contains(value):
+            found.append(drawn)
+        else:
+            found.append(parameter.domain.unit(value))
     return found

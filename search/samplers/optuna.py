@@ -74,7 +74,7 @@ class OptunaTPESampler:
             return Proposal(params, self._memo(storage, number, history))
 
     def _sampler(self, optuna: Any, seed: int) -> Any:
-        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
     def _recall(self, study: Any, storage: Any, number: int, history: Sequence[Trial]) -> None:
         """Restore what a study of Optuna's keeps beside its trials."""

@@ -66,10 +66,10 @@ class TPESampler:
         finished = sum(trial.state.is_finished for trial in history)
         if finished < self._startup or not any(trial.state is TrialState.COMPLETE for trial in history):
             return Proposal(space.sample(random.Random(seed)))
-        seen = Seen(history)
         rng = np.random.default_rng(seed)
         chosen: dict[str, Value] = {}
         open_ = [parameter for parameter in space.declared if parameter.domain.count != 1]
+        seen = Seen(history, open_)
         groups = {parameter.key: seen.having(parameter) for parameter in open_}
 
         def choose(parameter: Parameter) -> Value:
@@ -103,8 +103,9 @@ class TPESampler:
 
         count = sum(seen.history[trial].state.is_finished for trial in trials)
         most = math.ceil(_rule(count) if self._good is None else self._good * count)
+        sound = sum(seen.history[trial].state is not TrialState.FAILED for trial in trials)
         by_rank = sorted(trials, key=seen.ranks.__getitem__)
-        split = min(max(1, most), len(trials) - 1)
+        split = min(max(1, most), sound, len(trials) - 1)  # where all failed, the prior alone is good
         good, bad = sorted(by_rank[:split]), sorted(by_rank[split:])  # oldest first
         above = _Density([*group, *given], seen, good, np.ones(len(good)), self._narrow)
         below = _Density([*group, *given], seen, bad, linear_forgetting_weights(len(bad), 25), self._narrow)
@@ -114,7 +115,7 @@ class TPESampler:
         tried = {
             tuple(seen.history[trial].params[parameter.key] for parameter in (*group, *given))
             for trial in trials
-            if seen.history[trial].params.keys() == whole and seen.history[trial].number >= 0
+            if seen.keys[trial] == whole and seen.history[trial].number >= 0
         }
         values = [tuple(_value(parameter, at) for parameter, at in zip(group, row, strict=True)) for row in drawn]
         rest = tuple(chosen[parameter.key] for parameter in given)
@@ -135,10 +136,11 @@ class Seen:
 
     Attributes:
         history: In order of their number.
+        keys: Of the parameters that each has; those of one value alone are left out.
         ranks: As ``ranks`` says.
     """
 
-    def __init__(self, history: Sequence[Trial]) -> None:
+    def __init__(self, history: Sequence[Trial], open_: Sequence[Parameter]) -> None:
         self.history = history
         if len(history) > _BEST + _NEWEST:
             place = ranks(history)
@@ -146,6 +148,8 @@ class Seen:
             self.history = [
                 trial for index, trial in enumerate(history) if place[index] < _BEST or index >= first_of_newest
             ]
+        known = {parameter.key for parameter in open_}
+        self.keys = [trial.params.keys() & known for trial in self.history]
         self.ranks = ranks(self.history)
         self.places: dict[str, dict[int, float]] = {}
 
@@ -163,13 +167,14 @@ def ranks(history: Sequence[Trial]) -> list[int]:
     """By index, 0 for the best: complete trials by loss, then pruned ones by how far they came and by loss, then
     failed and pending ones. Of equal ones the earlier is the better."""
     places = [0] * len(history)
-    ordered = sorted(range(len(history)), key=lambda index: (*_badness(history[index]), index))
+    ordered = sorted(range(len(history)), key=lambda index: (*badness(history[index]), index))
     for rank, index in enumerate(ordered):
         places[index] = rank
     return places
 
 
-def _badness(trial: Trial) -> tuple[int, int, float]:
+def badness(trial: Trial) -> tuple[int, int, float]:
+    """By which trials are ordered, the best first; see ``ranks``."""
     loss = math.inf if trial.loss is None else trial.loss
     if trial.state is TrialState.COMPLETE:
         return 0, 0, loss
@@ -292,6 +297,8 @@ def _widths(centres: Any) -> Any:
     """Hyperopt's, in the order of the centres: the larger distance to a neighbour, the prior's centre being one."""
     from hyperopt.tpe import adaptive_parzen_normal
 
+    if not len(centres):
+        return np.empty(0)
     _, _, sigmas = adaptive_parzen_normal(centres, 1.0, 0.5, 1.0)
     order = np.argsort(centres)
     prior = int(np.searchsorted(centres[order], 0.5)) if len(centres) != 1 else int(centres[0] <= 0.5)
