@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 import random
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 from search import Dataset
+from tests.conftest import Heldout
 
 FOLDER = Path(__file__).resolve().parent.parent / "spaces"
 ROWS = 32  # enough for a step
@@ -50,29 +53,36 @@ def configured(space: ModuleType, seed: int | None) -> tuple[Any, Any]:
             drawn.add(asked.name)
 
 
+def first(part: Any) -> Any:
+    """The first rows of all arrays of x or y."""
+    return keras.tree.map_structure(lambda leaf: leaf[:ROWS], part)
+
+
 def features(space: ModuleType, rows: Dataset) -> Any:
     """The first rows, as the model takes them."""
     if not hasattr(space, "preprocess"):
-        return rows.x[:ROWS]
+        return first(rows.x)
     prepare = space.preprocess(rows)
     assert isinstance(prepare, keras.Model)
     return np.asarray(prepare(rows.x[:ROWS]))
 
 
 def test_rows_are_whole(rows: Dataset) -> None:
-    assert len(rows.x) == len(rows.y) > 400
-    assert rows.x.dtype == np.float32 and np.isfinite(rows.x).all() and np.isfinite(rows.y).all()
+    leaves = keras.tree.flatten((rows.x, rows.y))
+    (count,) = {len(leaf) for leaf in leaves}
+    assert count > 400 and all(np.isfinite(leaf).all() for leaf in leaves)
+    assert {leaf.dtype.name for leaf in keras.tree.flatten(rows.x)} <= {"float32", "int32"}
 
 
-@pytest.mark.parametrize("seed", [None, 1, 2, 3], ids=["defaults", "draw1", "draw2", "draw3"])
+@pytest.mark.parametrize("seed", [None, 1, 2], ids=["defaults", "draw1", "draw2"])
 def test_a_step_of_training(space: ModuleType, rows: Dataset, seed: int | None) -> None:
     keras.utils.set_random_seed(0)
     model, hp = configured(space, seed)
-    x, y = features(space, rows), rows.y[:ROWS]
+    x, y = features(space, rows), first(rows.y)
     logs = model.train_on_batch(x, y, return_dict=True)
     assert all(np.isfinite(value) for value in logs.values()), (hp.values, logs)
     assert space.objective.removeprefix("val_") in logs
-    assert np.isfinite(model.predict_on_batch(x)).all()
+    assert all(np.isfinite(leaf).all() for leaf in keras.tree.flatten(model.predict_on_batch(x)))
     assert "batch_size" in hp
 
 
@@ -84,3 +94,16 @@ def test_preprocessing_centres_what_it_was_given(space: ModuleType, rows: Datase
     # Float32 and the layer's own epsilon: a mean of 200 values is good to about 1e-5.
     np.testing.assert_allclose(columns.mean(axis=0), 0.0, atol=1e-4)
     np.testing.assert_allclose(columns.std(axis=0), 1.0, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
+def test_three_trials_from_the_command_line(name: str, tmp_path: Path, heldout: Heldout) -> None:
+    where = ["--workspace", str(tmp_path / "ws")]
+    options = ["--trials", "3", "--epochs", "2", "--confirm", "0", "--study", "s", "--json"]
+    ran = heldout("launch", name, *options, *where)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout)
+    assert report["trials"] == {"complete": 3, "pruned": 0, "failed": 0}
+    assert math.isfinite(report["test"]["winner"]) and report["verdicts"]
