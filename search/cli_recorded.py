@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import click
 
 from search import options
@@ -48,6 +51,34 @@ def report(study: str | None, workspace: str | None, as_json: bool) -> None:
 
     found = make(Study(study, workspace))
     told(found, lines, as_json)
+
+
+@click.command()
+@click.argument("study")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@click.option("--parquet", metavar="FILE", help="Write a Parquet file.")
+@options.workspace
+@options.as_json
+def trials(study: str, as_csv: bool, parquet: str | None, workspace: str | None, as_json: bool) -> None:
+    """List the trials of STUDY, also as a file for pandas or a spreadsheet."""
+    if as_csv + as_json + (parquet is not None) > 1:
+        raise RequestError("a table has one form: give one of --csv, --json and --parquet")
+    from search import trial_table
+    from search.study import Study
+
+    frame = Study(study, workspace).trials_dataframe()
+    if parquet is not None:
+        trial_table.write_parquet(frame, Path(parquet))
+        click.echo(f"{len(frame)} trials written to {parquet}")
+    elif as_csv:
+        click.echo(frame.to_csv(index=False), nl=False)
+    elif as_json:
+        print_json(json.loads(frame.to_json(orient="records", date_format="iso")))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        console.print(trial_table.shown(frame), width=None if console.is_terminal else 10_000)
 
 
 @click.command()
@@ -173,4 +204,4 @@ def collect(dry_run: bool, yes: bool, workspace: str | None, as_json: bool) -> N
     told(found, lambda waste: garbage.lines(waste, dry_run), as_json)
 
 
-COMMANDS = (status, report, show, stop, repair, reproduce, ledger, delete, collect)
+COMMANDS = (status, report, trials, show, stop, repair, reproduce, ledger, delete, collect)

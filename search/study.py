@@ -348,23 +348,10 @@ class Study:
             return journal.space()
 
     def trials_dataframe(self) -> pandas.DataFrame:
-        """One row per trial: number, state, score, seconds, epochs, confirms, reason, and ``params.NAME`` columns."""
-        import pandas
+        """One row per trial, with ``params.NAME`` columns; see ``search.trial_table.dataframe``."""
+        from search.trial_table import dataframe
 
-        rows = []
-        for t in self.trials:
-            row = {
-                "number": t.number,
-                "state": t.state.value,
-                "score": t.score,
-                "seconds": t.seconds,
-                "epochs": t.epochs,
-                "confirms": t.confirms,
-            }
-            rows.append(
-                row | {"reason": t.reason, "message": t.message} | {f"params.{k}": v for k, v in t.params.items()}
-            )
-        return pandas.DataFrame(rows)
+        return dataframe(self.trials)
 
     def report(self) -> dict[str, Any]:
         """The study in one JSON object (see README, "The report")."""

@@ -27,7 +27,7 @@ LAYERS = (
     {"fused", "checkpoints"},
     {"feeding", "few_errors"},
     {"journal", "statistics", "salvage"},
-    {"enqueueing"},
+    {"enqueueing", "trial_table"},
     {"runs"},
     {"publisher", "verdicts", "candidates", "places"},
     {"samplers", "executors", "keeping", "tracking", "registry", "training", "selection"},
