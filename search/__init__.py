@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from search.garbage import gc
     from search.ledger import Ledger
     from search.lifecycle import delete
+    from search.moving import OptunaTrial
     from search.rehearsal import check, try_params
     from search.repairing import repair
     from search.reproduction import reproduce
@@ -40,6 +41,7 @@ _HOME = {
     "ExecutorError": "errors",
     "HeldoutError": "errors",
     "Ledger": "ledger",
+    "OptunaTrial": "moving",
     "RequestError": "errors",
     "SpaceError": "errors",
     "Study": "study",
@@ -67,6 +69,7 @@ __all__ = [
     "ExecutorError",
     "HeldoutError",
     "Ledger",
+    "OptunaTrial",
     "RequestError",
     "SpaceError",
     "Study",

@@ -248,8 +248,15 @@ class SpaceModule:
 
     def build(self, hp: Any) -> Any:
         """The module's model for these hyperparameters."""
-        build = self._get("build")
-        return build(hp) if build is not None else self._hypermodel.build(hp)
+        build, space = self._get("build"), self._get("space")
+        if build is None:
+            return self._hypermodel.build(hp)
+        if space is not None and "hyperopt" in sys.modules:
+            from search import moving
+
+            if moving.is_of_hyperopt(space):
+                return build(moving.hyperopt_params(space, hp))
+        return build(hp)
 
     @property
     def fit(self) -> Callable[..., Any] | None:

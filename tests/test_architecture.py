@@ -17,7 +17,7 @@ MOST_LINES = 420
 # needs a place here, which is the moment to think about what it may know.
 LAYERS = (
     {"errors"},
-    {"secrecy"},
+    {"secrecy", "moving"},
     {"trial", "disk", "channel", "problem", "rows", "metrics", "chain", "journal_copy", "lock"},
     {"domain", "traces", "split", "ranks", "intervals", "ledger", "template", "publishing", "watcher", "finalists"},
     {"journal_file", "usage", "retries", "surroundings", "supervision", "pruners", "ends"},
