@@ -10,6 +10,7 @@ discrete domain the mass of that value's share.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import math
 import random
 from collections.abc import Sequence
@@ -143,11 +144,10 @@ class Seen:
     def __init__(self, history: Sequence[Trial], open_: Sequence[Parameter]) -> None:
         self.history = history
         if len(history) > _BEST + _NEWEST:
-            place = ranks(history)
-            first_of_newest = len(history) - _NEWEST
-            self.history = [
-                trial for index, trial in enumerate(history) if place[index] < _BEST or index >= first_of_newest
-            ]
+            newest = len(history) - _NEWEST
+            best = heapq.nsmallest(_BEST, zip(map(badness, history), range(len(history)), strict=True))
+            kept = sorted(index for _, index in best if index < newest)
+            self.history = [*(history[index] for index in kept), *history[newest:]]
         known = {parameter.key for parameter in open_}
         self.keys = [trial.params.keys() & known for trial in self.history]
         self.ranks = ranks(self.history)
