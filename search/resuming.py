@@ -83,7 +83,8 @@ def resume(
         plan = _plan(found.name, journal, asked, trials)
         if found.meta("state") == "COMPLETE" and plan.ends == before.ends:
             shown = publishing.read(found.folder)
-            if shown.get("behind") or shown.get("status") == "RUNNING":
+            # Not what it says to be behind by: a tracker that was still starting has not said anything since.
+            if shown.get("status") != "FINISHED" or shown.get("published", 0) < journal.length:
                 watcher.say("the study is complete; MLflow catches up")
                 jobs.publish(found.folder, journal, watcher)
                 return Study(found.name, found.workspace)

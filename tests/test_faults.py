@@ -494,7 +494,7 @@ def test_a_workspace_made_read_only_pauses_the_study_and_costs_nothing(tmp_path:
         subprocess.run(["mount", "--bind", str(small_disk), str(small_disk)], check=True)
         subprocess.run(["mount", "-o", "remount,ro,bind", str(small_disk)], check=True)
         assert subprocess.run(["touch", str(small_disk / "x")], capture_output=True).returncode != 0
-        driver.until("cannot be written at present; it goes on by itself")
+        driver.until("it goes on by itself")  # driver or tracker, whoever has something to write
         time.sleep(3.0)
         assert driver.process.poll() is None, driver.lines
         subprocess.run(["mount", "-o", "remount,rw,bind", str(small_disk)], check=True)

@@ -281,6 +281,14 @@ def test_an_extended_study_is_what_a_longer_one_would_have_been(tmp_path: Path, 
 
     done = heldout("resume", "short", *where)
     assert done.returncode == 2 and "is complete" in done.stderr and "--trials +N" in done.stderr
+    said = tmp_path / "ws" / "studies" / "short" / "tracking.json"
+    whole = json.loads(said.read_text())
+    # What a killed driver's tracker said before the last one, killed as well, had said anything.
+    said.write_text(json.dumps(whole | {"status": "KILLED", "published": 5, "behind": 0}))
+    late = heldout("resume", "short", *where)
+    assert late.returncode == 0 and "MLflow catches up" in late.stderr
+    assert json.loads(said.read_text()) == whole
+    assert heldout("resume", "short", *where).returncode == 2
     fewer = heldout("resume", "short", "--trials", "5", *where)
     assert fewer.returncode == 2 and "at least 7" in fewer.stderr
     for wrong in ("0", "+0", "many", "-3"):
