@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -70,8 +70,15 @@ class Parameter:
         key = name
         while key in taken:
             key, number = f"{name}~{number}", number + 1
-        conditions = tuple((str(parent), tuple(values)) for parent, values in raw["conditions"])
-        return cls(key, name, conditions, Domain.from_json(raw["domain"]))
+        known = _read(json.dumps([name, raw["conditions"], raw["domain"]]))
+        return known if key == name else dataclasses.replace(known, key=key)
+
+
+@lru_cache(maxsize=10_000)  # every trial tells of the same ones again
+def _read(text: str) -> Parameter:
+    name, conditions, domain = json.loads(text)
+    held = tuple((str(parent), tuple(values)) for parent, values in conditions)
+    return Parameter(name, name, held, Domain.from_json(domain))
 
 
 @dataclass(frozen=True)
@@ -250,15 +257,13 @@ class Space:
         )
         return tuple(self.declared[number] for number in kept)
 
-    def signatures(self, recorded: Iterable[Params]) -> set[Signature]:
+    def signatures(self, recorded: Iterable[Params]) -> Iterator[Signature]:
         """Those of configurations that do not change any more, as a history's do not: each is worked out once."""
-        found = set()
         for params in recorded:
             known = self._known.get(id(params))
             if known is None or known[0] is not params:
                 known = self._known[id(params)] = params, self.signature(params)
-            found.add(known[1])
-        return found
+            yield known[1]
 
     def sample(self, rng: random.Random) -> dict[str, Value]:
         """A configuration from the prior: active parameters only."""
