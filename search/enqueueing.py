@@ -167,17 +167,23 @@ def fitted(wish: Wish, space: Space) -> Fitted:
 
 def _match(parameter: Parameter, value: Any, as_text: bool) -> Value | None:
     found = parameter.domain.match(value)
-    if found is None and as_text:
-        if value.lower() in ("true", "false"):
-            return parameter.domain.match(value.lower() == "true")
+    if found is not None or not as_text:
+        return found
+    if value.lower() in ("true", "false"):
+        return parameter.domain.match(value.lower() == "true")
+    for reading in (int, float, _whole):
         with contextlib.suppress(ValueError):
-            number = float(value)
-            found = parameter.domain.match(number)
-            if found is None and number.is_integer():  # as whole numbers are written in a column with gaps
-                found = parameter.domain.match(int(number))
-            if found is None:
-                found = parameter.domain.match(int(value))  # too large to be a float
-    return found
+            if (found := parameter.domain.match(reading(value))) is not None:
+                return found
+    return None
+
+
+def _whole(text: str) -> int:
+    """A whole number as it is written in a column with gaps, such as 64.0."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(text)
+    return int(number)
 
 
 def _refused(wish: Wish, name: str, meant: Sequence[Parameter]) -> RequestError:
@@ -229,9 +235,13 @@ def source(trial: Trial) -> str | None:
 
 def unbegun(trials: Sequence[Trial]) -> list[Trial]:
     """Queued trials that have never run."""
-    return [trial for trial in trials if trial.state is TrialState.WAITING and trial.started is None]
+    return [trial for trial in trials if _is_queued(trial)]
 
 
 def begun(trials: Sequence[Trial]) -> list[Trial]:
     """All others: what is queued is no trial yet."""
-    return [trial for trial in trials if trial.state is not TrialState.WAITING or trial.started is not None]
+    return [trial for trial in trials if not _is_queued(trial)]
+
+
+def _is_queued(trial: Trial) -> bool:
+    return trial.state is TrialState.WAITING and trial.started is None

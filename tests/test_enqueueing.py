@@ -154,6 +154,9 @@ def test_text_of_a_table_is_read_as_what_the_parameter_takes() -> None:
     }
     given = {"flag": "false", "code": "16", "size": "32.0", "rate": ".5"}  # as spreadsheets and pandas write them
     assert list(fitted(Wish(given, "a", as_text=True), space_of(build)).params.values()) == [False, "16", 32, 0.5]
+    wide = space_of(lambda ask: ask("n", Domain("int", 0, 2**62)))
+    exact = str(10**17 + 1)  # no float is this number
+    assert fitted(Wish({"n": exact}, "a", as_text=True), wide).params == {"n": 10**17 + 1}
     with pytest.raises(RequestError, match="size must be in {16, 32}, but got '32.5'"):
         fitted(Wish({"size": "32.5"}, "a", as_text=True), space_of(build))
     with pytest.raises(RequestError, match="size must be in {16, 32}, but got '32'"):
