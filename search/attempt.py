@@ -15,7 +15,8 @@ from search.space import Space
 from search.trial import Report, Trial, TrialState
 
 _ENDLESS = 2**31  # no number of epochs
-_OF_A_RESULT = {"asks", "epochs", "best_epoch", "size", "weights", "reported", "devices", "declaration"}
+_EXTRA = ("weights", "reported", "devices", "declaration")  # of a result, kept as it is
+_OF_A_RESULT = {"asks", "epochs", "best_epoch", "size", *_EXTRA}
 _MOST_SCORINGS = 3  # of one trial, whose score job's process may die as any other
 
 
@@ -172,7 +173,7 @@ class Attempt:
             size=result["size"],
             extra={
                 **self.trial.extra,
-                **{key: result[key] for key in ("weights", "reported", "devices", "declaration")},
+                **{key: result[key] for key in _EXTRA},
                 **({} if verdict.error is None else {"error": verdict.error}),
             },
         )

@@ -6,7 +6,8 @@ Neither has defaults, which the baseline is made of: the middle of a range stand
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from search.errors import SpaceError
@@ -62,7 +63,9 @@ class OptunaTrial:
 
 
 def is_of_hyperopt(space: Any) -> bool:
-    """Whether there is a parameter of Hyperopt in it."""
+    """Whether there is a parameter of Hyperopt in it; there is none where nobody has imported Hyperopt."""
+    if "hyperopt" not in sys.modules:
+        return False
     from hyperopt.pyll import as_apply, dfs
 
     return any(node.name == "hyperopt_param" for node in dfs(as_apply(space)))
@@ -108,23 +111,22 @@ def _value(node: Any, hp: Any) -> Any:
 
 def _declared(label: str, distribution: Any, hp: Any) -> Any:
     """The parameter for one of Hyperopt's distributions, and its value as Hyperopt would give it."""
-    arguments = dict(zip(_ARGUMENTS.get(distribution.name, ()), distribution.pos_args, strict=False))
+    kind = distribution.name.removeprefix("q")
+    if kind not in _ARGUMENTS:
+        raise SpaceError(
+            f"hyperparameter {label!r} must be of a distribution of hyperopt.hp, but is of {distribution.name!r}"
+        )
+    arguments = dict(zip((*_ARGUMENTS[kind], "q"), distribution.pos_args, strict=False))
     found = {name: node.obj for name, node in (arguments | dict(distribution.named_args)).items()}
-    kind, step = distribution.name.removeprefix("q"), found.get("q")
+    step = found.get("q")
     if kind == "randint":
         low, high = (0, found["low"]) if found.get("high") is None else (found["low"], found["high"])
         return _ranged(hp.Int, label, int(low), int(high) - 1, 1, False)
-    if kind == "categorical":  # of a pchoice whose options are numbers of their own
-        return _place(hp, label, list(range(len(found["p"]))))
     if kind == "uniformint":
         return _ranged(hp.Int, label, int(found["low"]), int(found["high"]), 1, False)
     if kind in ("normal", "lognormal"):
         middle, wide = float(found["mu"]), _WIDE * float(found["sigma"])
         found |= {"low": middle - wide, "high": middle + wide}
-    elif kind not in ("uniform", "loguniform"):
-        raise SpaceError(
-            f"hyperparameter {label!r} must be of a distribution of hyperopt.hp, but is of {distribution.name!r}"
-        )
     low, high = float(found["low"]), float(found["high"])
     if kind in ("loguniform", "lognormal"):
         value = _ranged(hp.Float, label, math.exp(low), math.exp(high), None, True)
@@ -136,18 +138,13 @@ def _declared(label: str, distribution: Any, hp: Any) -> Any:
     return value if step is None else round(value / step) * step
 
 
-_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+_ARGUMENTS = {
     "uniform": ("low", "high"),
     "loguniform": ("low", "high"),
-    "quniform": ("low", "high", "q"),
-    "qloguniform": ("low", "high", "q"),
     "uniformint": ("low", "high"),
-    "normal": ("mu", "sigma"),
-    "qnormal": ("mu", "sigma", "q"),
-    "lognormal": ("mu", "sigma"),
-    "qlognormal": ("mu", "sigma", "q"),
     "randint": ("low", "high"),
-    "categorical": ("p",),
+    "normal": ("mu", "sigma"),
+    "lognormal": ("mu", "sigma"),
 }
 
 

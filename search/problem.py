@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from search import secrecy
+from search import moving, secrecy
 from search.errors import HeldoutError, SpaceError, TrialFailed
 
 _CHECKOUT_SPACES = Path(__file__).resolve().parent.parent / "spaces"
@@ -188,6 +188,7 @@ class SpaceModule:
         with self.blaming("the module"):
             exec(compile(problem.source, problem.path, "exec"), self._module.__dict__)
         self._hypermodel = self._get("hypermodel")
+        self._is_of_hyperopt = moving.is_of_hyperopt(self._get("space"))
         self._check()
 
     def _get(self, name: str) -> Any:
@@ -248,15 +249,10 @@ class SpaceModule:
 
     def build(self, hp: Any) -> Any:
         """The module's model for these hyperparameters."""
-        build, space = self._get("build"), self._get("space")
+        build = self._get("build")
         if build is None:
             return self._hypermodel.build(hp)
-        if space is not None and "hyperopt" in sys.modules:
-            from search import moving
-
-            if moving.is_of_hyperopt(space):
-                return build(moving.hyperopt_params(space, hp))
-        return build(hp)
+        return build(moving.hyperopt_params(self._get("space"), hp) if self._is_of_hyperopt else hp)
 
     @property
     def fit(self) -> Callable[..., Any] | None:

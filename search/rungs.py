@@ -25,8 +25,7 @@ def asking(channel: Channel, rungs: Collection[int]) -> Callable[[dict[str, Any]
     """``channel.send`` that waits, at the report of an epoch that is a rung, for the driver's word.
 
     Not at the last epoch, after which there is nothing to save, nor at one whose loss is no number, which fails. A
-    trial that goes on from a checkpoint reports its
-    earlier epochs again, and asks again at their rungs.
+    trial that goes on from a checkpoint reports its earlier epochs again, and asks again at their rungs.
 
     Args:
         rungs: Numbers of epochs.

@@ -42,7 +42,7 @@ def _column(values: Sequence[Any]) -> Any:
     kinds = {type(value) for value in values if value is not None}
     if kinds == {int} and all(value is None or abs(value) < 2**63 for value in values):
         return pandas.array(values, dtype="Int64")
-    return pandas.array(values, dtype="boolean") if kinds == {bool} else pandas.Series(values, dtype=None)
+    return pandas.array(values, dtype="boolean") if kinds == {bool} else pandas.Series(values)
 
 
 def _row(trial: Trial) -> dict[str, Any]:

@@ -202,24 +202,23 @@ class Informed:
 
 def _rescaled(theirs: Sequence[_Known], history: Sequence[Trial], space: Space) -> list[_Known]:
     """The losses of another study, on the scale of this one."""
-    there = {space.signature(params): loss for _, params, loss in theirs}
-    both = [
-        (there[signature], trial.loss)
+    near = [(number, params, _near(loss)) for number, params, loss in theirs]
+    own = [
+        (space.signature(trial.params), _near(trial.loss))
         for trial in history
-        if trial.state is TrialState.COMPLETE
-        and trial.loss is not None
-        and (signature := space.signature(trial.params)) in there
+        if trial.state is TrialState.COMPLETE and trial.loss is not None
     ]
-    own = [trial.loss for trial in history if trial.state is TrialState.COMPLETE and trial.loss is not None]
+    there = {space.signature(params): loss for _, params, loss in near}
+    both = [(there[signature], loss) for signature, loss in own if signature in there]
     if not both:
-        return [] if own else list(theirs)  # two scales in one history would say that all of one are better
-    before, now = [_near(a) for a, _ in both], [_near(b) for _, b in both]
-    wide = statistics.pstdev(map(_near, own)), statistics.pstdev(_near(loss) for _, _, loss in theirs)
+        return [] if own else near  # two scales in one history would say that all of one are better
+    before, now = [a for a, _ in both], [b for _, b in both]
+    wide = statistics.pstdev(loss for _, loss in own), statistics.pstdev(loss for _, _, loss in near)
     most = _STEEPEST * wide[0] / wide[1] if all(wide) else 1.0
-    line = statistics.linear_regression(before, now).slope if len(both) > 1 and len(set(before)) > 1 else most
+    line = statistics.linear_regression(before, now).slope if len(set(before)) > 1 else most
     slope = min(max(line, 0.0), most)
     middle = statistics.fmean(before), statistics.fmean(now)
-    return [(number, params, middle[1] + (_near(loss) - middle[0]) * slope) for number, params, loss in theirs]
+    return [(number, params, middle[1] + (loss - middle[0]) * slope) for number, params, loss in near]
 
 
 def _near(loss: float) -> float:

@@ -49,9 +49,10 @@ class CMAESSampler:
         current = max(generations, default=0)
         for generation in range(1, current + 1):
             told = generations.get(generation, [])
-            known = sorted((numbered[number] for number in told if number in numbered), key=badness)
+            known = [numbered[number] for number in told if number in numbered]
             if known:  # a journal that was repaired may lack some, for which the worst stands in
-                _tell(optimizer, known + known[-1:] * (optimizer.population_size - len(known)), dimensions)
+                lost = optimizer.population_size - len(known)
+                _tell(optimizer, [*known, *[max(known, key=badness)] * lost], dimensions)
         ended = [t for t in ours if t.memo["generation"] == current and t.state.is_finished]
         if len(ended) >= optimizer.population_size and any(t.state is TrialState.COMPLETE for t in ended):
             # Without a complete trial there is no better and worse yet, and the generation goes on.
