@@ -78,7 +78,9 @@ def trials(study: str, as_csv: bool, parquet: str | None, workspace: str | None,
         from rich.console import Console
 
         console = Console()
-        console.print(trial_table.shown(frame), width=None if console.is_terminal else 10_000)
+        if not console.is_terminal:
+            console.width = 10_000  # nobody's screen: cut nothing
+        console.print(trial_table.shown(frame))
 
 
 @click.command()

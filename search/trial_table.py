@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from search.errors import RequestError
 from search.trial import Trial
@@ -76,7 +76,8 @@ def write_parquet(frame: pandas.DataFrame, path: Path) -> None:
     try:
         whole.to_parquet(path, index=False)
     except OSError as error:
-        raise RequestError(f"--parquet must name a file that can be written, but {path}: {error.strerror}") from None
+        why = error.strerror or error  # pandas raises some with a message alone
+        raise RequestError(f"--parquet must name a file that can be written, but {path}: {why}") from None
 
 
 def shown(frame: pandas.DataFrame) -> Table:
@@ -86,7 +87,8 @@ def shown(frame: pandas.DataFrame) -> Table:
     table = Table(box=None, pad_edge=False)
     names = [*_SHOWN, *(name for name in frame if name.startswith(_PARAMS))]
     for name in names:
-        table.add_column(name.removeprefix(_PARAMS), justify="left" if name == "state" else "right")
+        justify: Literal["left", "right"] = "left" if name == "state" else "right"
+        table.add_column(name.removeprefix(_PARAMS), justify=justify, no_wrap=name in _SHOWN, overflow="fold")
     for row in frame[names].itertuples(index=False):
         table.add_row(*map(_cell, row))
     return table

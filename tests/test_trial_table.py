@@ -10,11 +10,13 @@ from typing import Any
 import pandas
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from search.cli import main
 from search.errors import RequestError
+from search.study import Study
 from search.trial import Trial, TrialState
-from search.trial_table import dataframe, write_parquet
+from search.trial_table import dataframe, shown, write_parquet
 from tests.test_warm_start import earlier
 
 DONE: dict[str, Any] = {"score": 0.5, "loss": -0.5, "epochs": 3, "best_epoch": 2, "size": 9}
@@ -55,7 +57,7 @@ def test_parquet_brings_back_the_table(tmp_path: Path) -> None:
     back = pandas.read_parquet(tmp_path / "trials.parquet")
     assert list(back) == list(frame) and back["params.units"].tolist()[:2] == [8, 4]
     assert back["params.kind"].tolist()[1:] == ["a", "3"]  # of several types, so all are text
-    with pytest.raises(RequestError, match="--parquet must name a file that can be written"):
+    with pytest.raises(RequestError, match="--parquet must name a file that can be written.*non-existent directory"):
         write_parquet(frame, tmp_path / "nowhere" / "trials.parquet")
 
 
@@ -71,6 +73,22 @@ def test_the_command_prints_the_same_in_every_form(workspace: Path) -> None:
     assert lines[3].split()[:2] == ["2", "COMPLETE"]
     path = workspace / "trials.parquet"
     assert "12 trials written" in run(workspace, "old", "--parquet", str(path)).output and path.exists()
+
+
+def test_what_is_no_screen_gets_one_whole_line_a_trial(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [Trial(0, TrialState.COMPLETE, {f"parameter_{n}": n / 7 for n in range(12)}, **DONE)]
+    monkeypatch.setattr(Study, "trials_dataframe", lambda _: dataframe(many))
+    lines = run(workspace, "old").output.splitlines()
+    assert len(lines) == 2 and "parameter_11" in lines[0] and lines[1].split()[:2] == ["0", "COMPLETE"]
+
+
+def test_a_narrow_screen_folds_and_cuts_nothing() -> None:
+    many = [Trial(0, TrialState.COMPLETE, {f"parameter_{n}": n / 7 for n in range(12)}, started=1.0, ended=2.0, **DONE)]
+    for width in (10_000, 60):
+        console = Console(width=width, file=io.StringIO())
+        console.print(shown(dataframe(many)))
+        text = console.file.getvalue()
+        assert "COMPLETE" in text and "…" not in text
 
 
 def test_no_score_on_guard_rows_is_in_it(workspace: Path) -> None:
