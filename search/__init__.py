@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from search.data import Dataset
+    from search.definition.moving import OptunaTrial
     from search.errors import (
         DamagedError,
         DataError,
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
         StudyFailed,
         TrackingError,
     )
-    from search.evaluation import evaluate
-    from search.garbage import gc
-    from search.ledger import Ledger
-    from search.lifecycle import delete
-    from search.moving import OptunaTrial
+    from search.guard.evaluation import evaluate
+    from search.guard.ledger import Ledger
+    from search.loop.stopping import stop
+    from search.record.garbage import gc
+    from search.record.lifecycle import delete
+    from search.record.repairing import repair
     from search.rehearsal import check, try_params
-    from search.repairing import repair
     from search.reproduction import reproduce
     from search.resuming import resume
-    from search.stopping import stop
     from search.study import Study
     from search.study import names as studies
-    from search.ui import serve
+    from search.tiers.data import Dataset
+    from search.tracker.ui import serve
     from search.wiring import launch
 
 # Loaded when first used: `heldout --help` and a space module need none of the rest.
 _HOME = {
-    "Dataset": "data",
+    "Dataset": "tiers.data",
     "DamagedError": "errors",
     "DataError": "errors",
     "ExecutorError": "errors",
     "HeldoutError": "errors",
-    "Ledger": "ledger",
-    "OptunaTrial": "moving",
+    "Ledger": "guard.ledger",
+    "OptunaTrial": "definition.moving",
     "RequestError": "errors",
     "SpaceError": "errors",
     "Study": "study",
@@ -49,15 +49,15 @@ _HOME = {
     "StudyFailed": "errors",
     "TrackingError": "errors",
     "check": "rehearsal",
-    "delete": "lifecycle",
-    "evaluate": "evaluation",
-    "gc": "garbage",
+    "delete": "record.lifecycle",
+    "evaluate": "guard.evaluation",
+    "gc": "record.garbage",
     "launch": "wiring",
-    "repair": "repairing",
+    "repair": "record.repairing",
     "resume": "resuming",
     "reproduce": "reproduction",
-    "serve": "ui",
-    "stop": "stopping",
+    "serve": "tracker.ui",
+    "stop": "loop.stopping",
     "studies": "study",
     "try_params": "rehearsal",
 }

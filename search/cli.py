@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from search import options, secrecy
-from search.cli_recorded import COMMANDS
+from search import secrecy
 from search.errors import HeldoutError, RequestError
-from search.printing import compare_link, finished, print_json, told, watching
+from search.shown import options
+from search.shown.cli_recorded import COMMANDS
+from search.shown.printing import compare_link, finished, print_json, told, watching
 
 if TYPE_CHECKING:
     from search.study import StudyConfig
@@ -116,7 +117,7 @@ def resume(study: str, workspace: str | None, as_json: bool, **asked: Any) -> No
 def check(space: str, as_json: bool, **asked: Any) -> None:
     """Say what a launch would search, and its cost."""
     from search.rehearsal import check as run
-    from search.report import check_lines
+    from search.shown.report import check_lines
 
     with watching(None, as_json) as watcher:
         found = run(space, watcher=watcher, **asked)
@@ -209,7 +210,7 @@ def evaluate(study: str, final: str | None, workspace: str | None, as_json: bool
     from search.study import Study
 
     found = Study(study, workspace)  # before what takes a while to import
-    from search.evaluation import evaluate as run
+    from search.guard.evaluation import evaluate as run
 
     with watching(None, as_json) as watcher:
         run(found, final=final, watcher=watcher)
@@ -223,7 +224,7 @@ def evaluate(study: str, final: str | None, workspace: str | None, as_json: bool
 def ui(port: int, host: str, workspace: str | None) -> None:
     """Start MLflow's UI on the workspace, for this machine only unless --host says otherwise."""
     from search.study import names, workspace_folder
-    from search.ui import is_loopback, serve
+    from search.tracker.ui import is_loopback, serve
 
     folder = workspace_folder(workspace)
     click.echo("starting MLflow's server, which takes some seconds …")

@@ -11,18 +11,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from search import final as refits
-from search import jobs, places, publishing, scoring
+from search.definition.problem import Problem
 from search.errors import RequestError, StudyError
 from search.executors import Executor, Job
-from search.freezing import build_file, gone, intact, predict_file
-from search.journal import Journal
-from search.judge import RowJudge
-from search.problem import Problem
-from search.report import number
+from search.guard import final as refits
+from search.guard.freezing import build_file, gone, intact, predict_file
+from search.loop.watcher import Silent, Watcher
+from search.processes import jobs
+from search.record import places
+from search.record.journal import Journal
+from search.scorer import scoring
+from search.scorer.judge import RowJudge
+from search.shown.report import number
 from search.study import Study, check_name
+from search.tracker import publishing
 from search.trial import Trial, TrialState, best
-from search.watcher import Silent, Watcher
 
 FORMATS = ("keras", "saved_model")
 FINALS = (None, "all")

@@ -12,17 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from search import devices, jobs, verdicts
+from search.definition.problem import DEFAULT_EPOCHS, find
+from search.definition.space import Ask, Space
 from search.errors import SpaceError
 from search.executors import NO_GPU, Job
-from search.judge import check_tiers
-from search.problem import DEFAULT_EPOCHS, find
-from search.pruners import get_pruner
+from search.guard import verdicts
+from search.loop.pruners import get_pruner
+from search.loop.watcher import Silent, Watcher
+from search.processes import devices, jobs
 from search.samplers import check_space, get_sampler
-from search.space import Ask, Space
+from search.scorer.judge import check_tiers
 from search.study import StudyConfig, make_workspace, workspace_folder
 from search.trial import Value, seed_for
-from search.watcher import Silent, Watcher
 
 
 def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict[str, Any]:
@@ -112,8 +113,8 @@ def try_params(
     Returns:
         ``params``, ``score``, ``epochs``, ``best_epoch`` and ``size``.
     """
-    from search import worker
-    from search.judge import RowJudge
+    from search.harness import worker
+    from search.scorer.judge import RowJudge
 
     StudyConfig(space=space, epochs=epochs, seed=seed)  # checks them
     problem = find(space)

@@ -10,18 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from search import devices, jobs, worker
-from search.attempt import Verdict
+from search.definition.problem import Problem
 from search.errors import DataError, RequestError, StudyError, TrialFailed
 from search.executors import Executor, Job, Slot
-from search.journal import Journal
-from search.judge import RowJudge
-from search.problem import Problem
-from search.pruners import Pruning, get_pruner
-from search.report import number
+from search.harness import worker
+from search.loop.attempt import Verdict
+from search.loop.pruners import Pruning, get_pruner
+from search.loop.watcher import Silent, Watcher
+from search.processes import devices, jobs
+from search.record.journal import Journal
+from search.scorer.judge import RowJudge
+from search.shown.report import number
 from search.study import Study, StudyConfig
 from search.trial import Report, Trial, TrialState
-from search.watcher import Silent, Watcher
 
 # Reasons that tell of the machine at that moment, and little of the training.
 _OF_THE_MACHINE = frozenset({"oom", "timeout", "lost"})

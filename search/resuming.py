@@ -11,20 +11,22 @@ import re
 from pathlib import Path
 from typing import Any
 
-from search import devices, disk, jobs, journal_file, places, publishing
-from search.enqueueing import begun, unbegun
+from search.definition.problem import Problem, find
+from search.definition.space import Space
 from search.errors import DataError, RequestError, StudyError
 from search.executors import NO_GPU, Executor, Job
-from search.journal import Journal
-from search.ledger import times
-from search.lock import locked
-from search.problem import Problem, find
+from search.guard.ledger import times
+from search.loop.enqueueing import begun, unbegun
+from search.loop.stopping import Stopping
+from search.loop.watcher import Silent, Watcher
+from search.processes import devices, jobs
+from search.record import disk, journal_file, places
+from search.record.journal import Journal
+from search.record.lock import locked
 from search.samplers import get_sampler
-from search.space import Space
-from search.stopping import Stopping
 from search.study import Study, StudyConfig, config_of
+from search.tracker import publishing
 from search.trial import searched
-from search.watcher import Silent, Watcher
 from search.wiring import drive
 
 _MOST_LINES = 40  # of a difference that is shown

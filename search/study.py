@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search import disk, journal_file, secrecy
-from search.ends import Ends
+from search import secrecy
+from search.definition.space import Space
 from search.errors import RequestError, StudyError
-from search.finalists import SEEDS, Confirmation, confirmation
-from search.journal import Journal
-from search.keeping import KEEP
-from search.lock import driver_of
+from search.guard.finalists import SEEDS, Confirmation, confirmation
+from search.loop.ends import Ends
+from search.loop.keeping import KEEP
+from search.record import disk, journal_file
+from search.record.journal import Journal
+from search.record.lock import driver_of
 from search.samplers import AUTO, default_for
-from search.space import Space
 from search.trial import Trial, best
 
 if TYPE_CHECKING:
@@ -348,26 +349,26 @@ class Study:
             return journal.space()
 
     def trials_dataframe(self) -> pandas.DataFrame:
-        """One row per trial, with ``params.NAME`` columns; see ``search.trial_table.dataframe``."""
-        from search.trial_table import dataframe
+        """One row per trial, with ``params.NAME`` columns; see ``search.record.trial_table.dataframe``."""
+        from search.record.trial_table import dataframe
 
         return dataframe(self.trials)
 
     def report(self) -> dict[str, Any]:
         """The study in one JSON object (see README, "The report")."""
-        from search.report import report
+        from search.shown.report import report
 
         return report(self)
 
     def status(self) -> dict[str, Any]:
         """The report, with ``planned`` trials and the numbers of those ``running``."""
-        from search.report import status
+        from search.shown.report import status
 
         return status(self)
 
     def show(self, number: int) -> dict[str, Any]:
         """One trial with its ``reports`` (epoch by epoch) and its ``log`` (all that it printed)."""
-        from search.report import show
+        from search.shown.report import show
 
         return show(self, number)
 
@@ -379,6 +380,6 @@ class Study:
 
     def evaluate(self, **options: Any) -> dict[str, Any]:
         """Open the sealed test rows for winner and baseline; see ``search.evaluate``."""
-        from search.evaluation import evaluate
+        from search.guard.evaluation import evaluate
 
         return evaluate(self, **options)

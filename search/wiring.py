@@ -11,21 +11,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from search import devices, disk, enqueueing, finalists, jobs, keeping, places, publishing, secrecy, warm_start
-from search.driver import Driver
+from search import secrecy
+from search.definition.problem import Problem, find
 from search.errors import DiskFull, ExecutorError, RequestError, StudyStopped, TrialFailed
 from search.executors.local import LocalExecutor, start_method
-from search.journal import Journal
-from search.lock import locked
-from search.problem import Problem, find
-from search.pruners import get_pruner
-from search.reserving import clear, release, reserve
+from search.guard import finalists
+from search.loop import enqueueing, keeping, warm_start
+from search.loop.driver import Driver
+from search.loop.pruners import get_pruner
+from search.loop.stopping import Stopping
+from search.loop.surroundings import FINISH, Calm
+from search.loop.watcher import Silent, Watcher
+from search.processes import devices, jobs
+from search.record import disk, places
+from search.record.journal import Journal
+from search.record.lock import locked
+from search.record.reserving import clear, release, reserve
 from search.samplers import check_space, get_sampler
-from search.stopping import Stopping
 from search.study import Study, StudyConfig, config_of, make_workspace, workspace_folder, workspace_id
-from search.surroundings import FINISH, Calm
+from search.tracker import publishing
 from search.trial import Trial, searched
-from search.watcher import Silent, Watcher
 
 _STOP_SECONDS = 5.0
 
@@ -44,7 +49,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     """
     config = StudyConfig(space=space, **options)
     secrecy.absent(secrecy.resolve(config.env), json.dumps(config.to_json(), ensure_ascii=False), "a launch")
-    from search.ledger import Ledger, times
+    from search.guard.ledger import Ledger, times
 
     watcher = watcher or Silent()
     problem = find(config.space)
@@ -98,8 +103,8 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
                     discovery = {"problem": problem.to_json(), "seconds": jobs.DISCOVERY_SECONDS}
 
                     def begin(preflight: dict[str, Any]) -> None:
-                        from search import scoring
-                        from search.judge import check_tiers
+                        from search.scorer import scoring
+                        from search.scorer.judge import check_tiers
 
                         nonlocal began
                         rows = Path(prepared["rows"]), Path(prepared["sealed"])
@@ -176,7 +181,7 @@ def drive(
         StudyStopped: If it was stopped at once; asked to let running trials end first, it returns.
         StudyFailed: If it could not go on.
     """
-    from search.judge import RowJudge
+    from search.scorer.judge import RowJudge
 
     prepared, config = places.prepared(journal), config_of(journal)
     judge = RowJudge(
@@ -248,7 +253,7 @@ def drive(
         if ended == "stopped":
             state = "STOPPED"
             return
-        from search import evaluation  # its statistics take a while to import, and nothing before it needs them
+        from search.guard import evaluation  # its statistics take a while to import, and nothing before it needs them
 
         try:
             evaluation.conclude(folder, journal, executor, watcher, opening=config.evaluate, final=config.final)

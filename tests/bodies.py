@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from search.channel import Channel
 from search.executors import Job
 from search.executors.local import LocalExecutor
+from search.processes.channel import Channel
 
 HERE = Path(__file__).resolve().parent
 # Survives its parent's end, but not a signal to its process group.

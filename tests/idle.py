@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from search.channel import Channel
-from search.space import Domain, Parameter, Space
+from search.definition.space import Domain, Parameter, Space
+from search.processes.channel import Channel
 
 RATE = Parameter("rate", "rate", (), Domain("float", 0.0, 1.0, default=0.5))
 
 
 def main(job: dict[str, Any], channel: Channel) -> None:
-    """One job of a study, as ``search.worker`` would answer it."""
+    """One job of a study, as ``search.harness.worker`` would answer it."""
     payload = job["payload"]
     rate = (payload.get("proposal") or {}).get(RATE.identity, 0.5)
     asks = [{**RATE.to_json(), "value": rate}]

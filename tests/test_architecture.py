@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 SEARCH = Path(__file__).resolve().parent.parent / "search"
-FILES = sorted(SEARCH.rglob("*.py"))
+# One part each: a protocol and what keeps it. Any other package groups files that are parts of their own.
+WHOLE = {"samplers", "executors"}
+GROUPS = {path.parent.name for path in SEARCH.glob("*/__init__.py")} - WHOLE - {"shipped"}
+FILES = sorted(path for path in SEARCH.rglob("*.py") if path.parent.name not in GROUPS or path.name != "__init__.py")
 MOST_LINES = 420
 
 # From the bottom up. A file imports from rows below its own, and a package from itself; a new file
@@ -48,7 +51,6 @@ LAYERS = (
     {"cli_recorded"},
     {"", "cli"},  # "" is search/__init__.py, the documented functions
 )
-PARTS = {path.relative_to(SEARCH).parts[0].removesuffix(".py") for path in FILES}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 # A Study's methods are the same functions by another name, and a launch ends in its test step: both
@@ -95,9 +97,18 @@ MAY_LEAVE_AT_ONCE = {"channel", "template", "tracking", "removing"}
 
 
 def part(path: Path) -> str:
-    """The file's place in `LAYERS`: its own name, or its package's."""
+    """The file's place in `LAYERS`: its own name, or its package's if that is one part."""
     first = path.relative_to(SEARCH).parts[0]
-    return "" if first == "__init__.py" else first.removesuffix(".py")
+    return first if first in WHOLE else "" if first == "__init__.py" else path.stem
+
+
+PARTS = {part(path) for path in FILES}
+
+
+def part_of(dotted: list[str]) -> str:
+    """The part that a name below `search` belongs to; "" for what search/__init__.py offers."""
+    names = dotted[1:] if dotted and dotted[0] in GROUPS else dotted
+    return names[0] if names and names[0] in PARTS | set(RANK) else ""
 
 
 def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
@@ -128,11 +139,11 @@ def loaded(own: str) -> dict[str, str]:
         at, chain = waiting.pop()
         for path in FILES:
             # Names inside a package are imported by its users one by one; only its __init__ comes along.
-            if part(path) != at or (path.parent != SEARCH and path.name != "__init__.py"):
+            if part(path) != at or (path.parent.name in WHOLE and path.name != "__init__.py"):
                 continue
             for name, _, at_top in imports(path):
                 root, *rest = name.split(".")
-                target = rest[0] if root == "search" and rest and rest[0] in PARTS else root
+                target = part_of(rest) or root if root == "search" else root
                 if at_top and target not in found and root not in sys.stdlib_module_names:
                     found[target] = f"{chain} -> {target}"
                     if root == "search":
@@ -152,8 +163,7 @@ def test_imports_point_down(path: Path) -> None:
         root, *rest = name.split(".")
         if root != "search":
             continue
-        # `from search import x` names a file or package, or something that search/__init__.py offers.
-        target = rest[0] if rest and rest[0] in PARTS | set(RANK) else ""
+        target = part_of(rest)
         assert target in RANK, f"{target} has no place in LAYERS: give it one"
         if target == own and own in {"samplers", "executors", ""}:
             continue
@@ -176,7 +186,7 @@ def test_what_loads_at_import(path: Path) -> None:
             assert part(path) in SLOW[root], f"{where} imports {root} when loaded; import it where it is used"
 
 
-@pytest.mark.parametrize("own", sorted(PARTS - {"__init__"}))
+@pytest.mark.parametrize("own", sorted(PARTS - {""}))
 def test_what_loads_by_way_of_others(own: str) -> None:
     chains = loaded(own)
     if own in STDLIB_ONLY | {"cli"}:
@@ -277,6 +287,12 @@ def test_a_file_is_short_and_says_what_it_owns(path: Path) -> None:
     assert "util" not in path.stem, f"{label(path)}: name a file after what it owns"
     first = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
     assert first, f"{label(path)} must begin with a docstring whose first line says what it owns"
+
+
+@pytest.mark.parametrize("group", sorted(GROUPS))
+def test_a_package_says_what_it_groups_and_nothing_else(group: str) -> None:
+    (said,) = ast.parse((SEARCH / group / "__init__.py").read_text(encoding="utf-8")).body
+    assert isinstance(said, ast.Expr) and isinstance(said.value, ast.Constant) and isinstance(said.value.value, str)
 
 
 def test_the_table_has_no_leftovers() -> None:

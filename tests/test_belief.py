@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.belief import paragraph
-from search.verdicts import alpha
+from search.guard.belief import paragraph
+from search.guard.verdicts import alpha
 
 ACCURACY: dict[str, Any] = {
     "study": "digits-1",

@@ -16,12 +16,13 @@ import keras
 import numpy as np
 import pytest
 
-from search import checkpoints, devices, jobs, training
-from search.checkpoints import Checkpoints
+from search.definition.problem import find
 from search.executors import Exited, Job, Message
 from search.executors.local import LocalExecutor
-from search.problem import find
-from search.watcher import Silent
+from search.harness import checkpoints, training
+from search.harness.checkpoints import Checkpoints
+from search.loop.watcher import Silent
+from search.processes import devices, jobs
 from tests.test_training import DROPOUT, Running, same, weights
 from tests.tiny import write_space
 
@@ -155,7 +156,7 @@ def test_a_killed_trial_continues_in_a_new_process_to_the_same_bits(bench: Bench
     assert whole.result is not None, whole.log
     assert KILLED_IN + 1 < whole.result["epochs"] < EPOCHS, "callbacks shall have stopped it, but after the kill"
 
-    assert ("trains by search.fused" in whole.log) == in_one_call
+    assert ("trains by search.harness.fused" in whole.log) == in_one_call
 
     first = bench.attempt(prepared, f"{case}-cut", kill=True, **changes)
     assert (first.signal, len(first.reports)) == (signal.SIGKILL, KILLED_IN)

@@ -145,7 +145,7 @@ def test_help_imports_nothing_slow() -> None:
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
     """A workspace with a study whose one trial reported a NaN."""
-    from search.journal import Journal
+    from search.record.journal import Journal
     from search.trial import Report, Trial, TrialState
 
     folder = tmp_path / "ws" / "studies" / "s"
@@ -178,7 +178,7 @@ def test_a_traceback_is_shown_with_debug_alone_and_the_exit_code_stays(recorded:
 
 
 def test_export_to_where_nothing_can_be_written_is_one_clear_line(recorded: Path, heldout: Heldout) -> None:
-    from search.journal import Journal
+    from search.record.journal import Journal
     from search.trial import TrialState
 
     with Journal.open(recorded / "studies" / "s" / "journal.sqlite") as journal:

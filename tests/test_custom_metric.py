@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from search import custom_metric
-from search.problem import SpaceModule, find
+from search.definition.problem import SpaceModule, find
+from search.scorer import custom_metric
 from tests.tiny import write_space
 
 BUILD = """

@@ -11,9 +11,9 @@ import sys
 import numpy as np
 import pytest
 
-from search import data
-from search.data import Dataset, OpenRows, SealedError, SealedRows, load_structure, prepare
 from search.errors import DataError
+from search.tiers import data
+from search.tiers.data import Dataset, OpenRows, SealedError, SealedRows, load_structure, prepare
 
 TIERS = ("train", "validation", "guard", "test")
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from search import devices
-from search.devices import Gpu, nvml, slots
 from search.errors import RequestError
 from search.executors import Slot
+from search.processes import devices
+from search.processes.devices import Gpu, nvml, slots
 
 ROOT = Path(__file__).resolve().parent.parent
 

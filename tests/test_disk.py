@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from search import disk
 from search.errors import RequestError
+from search.record import disk
 from tests.conftest import Heldout
 from tests.tiny import write_space
 

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from search.attempt import Verdict
-from search.driver import MOST_FAILURES_IN_A_ROW, Driver
-from search.ends import Ends
+from search.definition.space import Domain, Parameter, Space
 from search.errors import SpaceError, StudyFailed, TrialFailed
 from search.executors import Exited, Job, Lost, Message, Slot
 from search.executors.inline import InlineExecutor
-from search.finalists import Confirmation, plan
-from search.jobs import call
-from search.journal import Journal
+from search.guard.finalists import Confirmation, plan
+from search.loop.attempt import Verdict
+from search.loop.driver import MOST_FAILURES_IN_A_ROW, Driver
+from search.loop.ends import Ends
+from search.loop.watcher import Silent
+from search.processes.jobs import call
+from search.record.journal import Journal
 from search.samplers import get_sampler, proposal_for
-from search.space import Domain, Parameter, Space
 from search.trial import Trial, TrialState, searched, seed_for
-from search.watcher import Silent
 
 RATE = Parameter("rate", "rate", (), Domain("float", 1e-4, 1.0, sampling="log", default=0.1))
 UNITS = Parameter("units", "units", (), Domain("int", 1, 9, 1, default=4))

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from search.executors import Exited, Job, Lost, Message, Slot, died
-from search.finalists import Confirmation, plan
-from search.journal import Journal
-from search.retries import RETRIES
-from search.supervision import Supervisor
-from search.surroundings import FINISH, NOW
+from search.guard.finalists import Confirmation, plan
+from search.loop.retries import RETRIES
+from search.loop.surroundings import FINISH, NOW
+from search.processes.supervision import Supervisor
+from search.record.journal import Journal
 from search.trial import TRANSITIONS, Trial, TrialState, searched
 from tests.test_driver import RATE, UNITS, driver, study
 

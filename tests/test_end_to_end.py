@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from search.data import SealedRows
 from search.study import Study
+from search.tiers.data import SealedRows
 from tests.conftest import ROOT, Heldout, run_heldout
 from tests.tiny import write_space
 

@@ -12,19 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search import jobs
-from search.attempt import Attempt
-from search.ends import Ends, busy, gpu_hours, stale
-from search.enqueueing import Wish, queue
 from search.errors import RequestError, TrialFailed
 from search.executors import Slot
 from search.executors.inline import InlineExecutor
-from search.finalists import Confirmation, plan
-from search.journal import Journal
-from search.slots import Slots
+from search.guard.finalists import Confirmation, plan
+from search.loop.attempt import Attempt
+from search.loop.ends import Ends, busy, gpu_hours, stale
+from search.loop.enqueueing import Wish, queue
+from search.loop.watcher import Silent
+from search.processes import jobs
+from search.processes.slots import Slots
+from search.record.journal import Journal
 from search.study import Study, StudyConfig
 from search.trial import Trial, TrialState, searched
-from search.watcher import Silent
 from tests.conftest import Heldout
 from tests.test_driver import RATE, driver, study
 from tests.tiny import write_space

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from search.domain import Domain
-from search.enqueueing import Wish, check_room, fitted, queue, read, source, unbegun
+from search.definition.domain import Domain
+from search.definition.space import Space
 from search.errors import RequestError
 from search.executors import Slot
 from search.executors.inline import InlineExecutor
-from search.journal import Journal
-from search.space import Space
+from search.loop.enqueueing import Wish, check_room, fitted, queue, read, source, unbegun
+from search.record.journal import Journal
 from search.study import Study
 from search.trial import Trial, TrialState
 from tests.conftest import ROOT, Heldout

@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 
-from search import template
-from search.channel import MAX_FRAME, ChannelError, Link, Receiver, encode
 from search.errors import ExecutorError, RequestError
 from search.executors import Event, Executor, Exited, Job, Lost, Message, Slot, Warned
 from search.executors.inline import InlineExecutor
 from search.executors.local import LocalExecutor, start_method
+from search.processes import template
+from search.processes.channel import MAX_FRAME, ChannelError, Link, Receiver, encode
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -25,9 +25,9 @@ import pytest
 
 from search.executors import Slot
 from search.executors.local import LocalExecutor
-from search.journal import Journal
+from search.loop.surroundings import Calm
+from search.record.journal import Journal
 from search.study import Study
-from search.surroundings import Calm
 from search.trial import Trial, TrialState
 from tests.conftest import ROOT, run_heldout
 from tests.test_driver import driver
@@ -122,7 +122,7 @@ def template_of(driver: int) -> int | None:
     """The process that a driver's trials are forked from."""
     for pid in children(driver):
         with contextlib.suppress(OSError):
-            if b"search.template" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"search.processes.template" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return pid
     return None
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 
-from search import publishing, runs, tracking, ui
-from search.journal import Journal
+from search.record.journal import Journal
 from search.study import Study
+from search.tracker import publishing, runs, tracking, ui
 from search.trial import TrialState
 
 with warnings.catch_warnings():
@@ -132,7 +132,7 @@ class Launched:
             for entry in Path("/proc").glob("[0-9]*"):
                 with contextlib.suppress(OSError):
                     parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                    if parent == self.process.pid and b"search.tracking" in (entry / "cmdline").read_bytes():
+                    if parent == self.process.pid and b"search.tracker.tracking" in (entry / "cmdline").read_bytes():
                         return int(entry.name)
             return None
 

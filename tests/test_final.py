@@ -20,19 +20,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search import final, jobs, places, store, training, worker
-from search.data import Dataset, OpenRows, SealedRows, prepare
+from search.definition.problem import find
+from search.definition.space import Space
+from search.definition.tracing import TracingHyperParameters
 from search.errors import DataError, RequestError, SpaceError, StudyError
 from search.executors.inline import InlineExecutor
 from search.export import export
-from search.journal import Journal
-from search.judge import RowJudge
-from search.problem import find
-from search.space import Space
+from search.guard import final
+from search.harness import training, worker
+from search.loop.watcher import Silent
+from search.processes import jobs
+from search.record import places
+from search.record.journal import Journal
+from search.scorer.judge import RowJudge
 from search.study import Study
-from search.tracing import TracingHyperParameters
+from search.tiers import store
+from search.tiers.data import Dataset, OpenRows, SealedRows, prepare
 from search.trial import Trial, TrialState
-from search.watcher import Silent
 from tests.conftest import Heldout
 from tests.test_end_to_end import BARE
 from tests.tiny import write_space

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search.errors import RequestError
-from search.finalists import Confirmation, confirmation, plan
+from search.guard.finalists import Confirmation, confirmation, plan
 from search.study import StudyConfig
 from search.trial import Trial, TrialState, best, ranked, searched
 

@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import pytest
 
-from search import fused
 from search.errors import SpaceError
+from search.harness import fused
 from tests.test_training import DROPOUT, WEIGHTED, Running, weights
 
 SOFTMAX = "model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, activation='softmax')])"

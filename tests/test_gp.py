@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from scipy import integrate, optimize
 
-from search.domain import Domain
+from search.definition.domain import Domain
+from search.definition.space import Space
 from search.samplers import get_sampler, propose
 from search.samplers.chart import Chart, marks
 from search.samplers.gaussian_process import (
@@ -24,7 +25,6 @@ from search.samplers.gaussian_process import (
     improvement_slopes,
     log_improvement,
 )
-from search.space import Space
 from search.trial import Trial, TrialState
 from tests.test_samplers import SPACES, conditional, flat, history_of, space_of, trial
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from search.cli import _trainings
-from search.ledger import Ledger
+from search.guard.ledger import Ledger
 from search.study import Study, StudyConfig
 from search.trial import Trial, searched
 from tests.conftest import Heldout, run_heldout

@@ -13,11 +13,11 @@ import keras
 import numpy as np
 import pytest
 
-from search import preflight, worker
-from search.data import load_structure
+from search.definition.problem import find
 from search.errors import SpaceError
-from search.judge import RowJudge
-from search.problem import find
+from search.harness import preflight, worker
+from search.scorer.judge import RowJudge
+from search.tiers.data import load_structure
 from tests.test_training import Running
 from tests.tiny import PARTS, write_space
 
@@ -135,7 +135,7 @@ def test_a_lambda_in_preprocess_is_refused_too(tmp_path: Path) -> None:
 
 
 def test_a_message_of_a_trial_is_json_and_nothing_else() -> None:
-    from search.channel import ChannelError, Receiver
+    from search.processes.channel import ChannelError, Receiver
 
     receiver = Receiver()
     text = pickle.dumps(Bomb(Path("/nowhere")))

@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from search import journal_copy, journal_file
+from search.definition.space import Space
 from search.errors import DiskFull, RequestError, StudyFailed
-from search.journal import Journal
-from search.space import Space
+from search.record import journal_copy, journal_file
+from search.record.journal import Journal
 from search.trial import TRANSITIONS, Report, Trial, TrialState
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -403,7 +403,7 @@ class TestReaders:
         code = """
 import sys
 from pathlib import Path
-from search.journal import Journal
+from search.record.journal import Journal
 seen = 0
 with Journal.open(Path(sys.argv[1]), read_only=True) as journal:
     while journal.get("state") != "COMPLETE":
@@ -498,7 +498,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 from test_journal import complete, running
-from search.journal import Journal
+from search.record.journal import Journal
 journal = Journal.create(Path(sys.argv[1]), {})
 for number in range(100_000):
     journal.begin(running(number))

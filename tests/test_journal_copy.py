@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from search import journal_copy, journal_file
 from search.errors import DamagedError, RequestError
-from search.journal import Journal
+from search.record import journal_copy, journal_file
+from search.record.journal import Journal
 from search.trial import Report, TrialState
 from tests.conftest import ROOT
 from tests.test_journal import ask, complete, running
@@ -195,7 +195,7 @@ class TestCopy:
         code = """
 import sys
 from pathlib import Path
-from search.journal import Journal
+from search.record.journal import Journal
 opened = 0
 while True:
     with Journal.open(Path(sys.argv[1]), read_only=True) as journal:
@@ -225,7 +225,7 @@ print(opened)
 WRITER = """
 import sys
 from pathlib import Path
-from search.journal import Journal
+from search.record.journal import Journal
 from search.trial import Report, Trial, TrialState
 path = Path(sys.argv[1])
 journal = Journal.open(path) if path.exists() else Journal.create(path, {"study": {}})

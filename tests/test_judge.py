@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 
 import search
-from search import custom_metric, metrics, scoring
-from search.attempt import Verdict
-from search.data import Dataset, OpenRows, SealedRows, prepare
-from search.driver import Driver
-from search.ends import Ends
+from search.definition.problem import SpaceModule, find
+from search.definition.space import Domain, Parameter, Space
 from search.errors import DataError, TrialFailed
 from search.executors import Slot
 from search.executors.inline import InlineExecutor
-from search.journal import Journal
-from search.judge import RowJudge, check_tiers
-from search.ledger import Ledger
-from search.problem import SpaceModule, find
+from search.guard.ledger import Ledger
+from search.loop.attempt import Verdict
+from search.loop.driver import Driver
+from search.loop.ends import Ends
+from search.record.journal import Journal
 from search.samplers import get_sampler
-from search.space import Domain, Parameter, Space
+from search.scorer import custom_metric, metrics, scoring
+from search.scorer.judge import RowJudge, check_tiers
+from search.tiers.data import Dataset, OpenRows, SealedRows, prepare
 from search.trial import TrialState
 from tests.tiny import write_space
 

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search import keeping, places
 from search.cli import main
 from search.errors import DiskFull, RequestError
-from search.journal import Journal
+from search.loop import keeping
+from search.record import places
+from search.record.journal import Journal
 from search.study import Study, StudyConfig
 from search.trial import Trial, TrialState, ranked
 from tests.conftest import Heldout, run_heldout
@@ -179,7 +180,7 @@ class TestMaxDisk:
         return fits
 
     def test_the_running_total_is_what_a_walk_finds(self, tmp_path: Path) -> None:
-        from search import disk as room
+        from search.record import disk as room
 
         study = Disk(tmp_path / "s", keep=3)
         keeper = keeping.Keeper(study.folder, study.journal, most=10**9)

@@ -12,12 +12,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn import datasets as sklearn_data
 
-from search import leakage, split, worker
-from search.data import Dataset, prepare
+from search.definition.problem import find
 from search.errors import DataError
-from search.problem import find
-from search.rows import read, row_hashes
-from search.split import TEST, TRAIN
+from search.harness import worker
+from search.tiers import leakage, split
+from search.tiers.data import Dataset, prepare
+from search.tiers.rows import read, row_hashes
+from search.tiers.split import TEST, TRAIN
 from tests.tiny import write_space
 
 ORDINARY = {

@@ -16,12 +16,12 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search import split
 from search.cli import main
-from search.data import Dataset, SealedRows, prepare
 from search.errors import DataError, RequestError
-from search.ledger import GuardUse, Ledger, default_path, lines
-from search.rows import fingerprint, id_hashes, row_hashes
+from search.guard.ledger import GuardUse, Ledger, default_path, lines
+from search.tiers import split
+from search.tiers.data import Dataset, SealedRows, prepare
+from search.tiers.rows import fingerprint, id_hashes, row_hashes
 
 ROWS = np.random.default_rng(0).integers(0, 2**63, 1000, dtype=np.uint64)
 
@@ -119,7 +119,7 @@ def test_a_recorded_answer_is_found_by_what_was_frozen(ledger):
 
 def test_a_crash_after_the_entry_counts_as_an_opening(ledger):
     script = (
-        "import sys, os, numpy as np; from pathlib import Path; from search.ledger import Ledger\n"
+        "import sys, os, numpy as np; from pathlib import Path; from search.guard.ledger import Ledger\n"
         "rows, entry = np.arange(9, dtype=np.uint64), {'fingerprint': 'x', 'frozen': 'f'}\n"
         "Ledger(Path(sys.argv[1])).append(entry, rows)\n"
         "os.kill(os.getpid(), 9)"
@@ -236,7 +236,7 @@ def test_a_full_disk_enters_nothing(ledger):
     before = ledger.path.read_bytes()
     script = (
         "import resource, sys, numpy as np; from pathlib import Path\n"
-        "from search.errors import RequestError; from search.ledger import Ledger\n"
+        "from search.errors import RequestError; from search.guard.ledger import Ledger\n"
         "limit = int(sys.argv[2]); resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
         "rows, entry = np.arange(9, dtype=np.uint64), {'fingerprint': 'x', 'frozen': 'f'}\n"
         "try: Ledger(Path(sys.argv[1])).append(entry, rows)\n"
@@ -267,7 +267,7 @@ def test_a_disk_that_fills_up_mid_line_leaves_the_file_whole(ledger, monkeypatch
         "result": (lambda: ledger.record_result(1, "f", {}), "opening 1 counts but its result was not kept"),
     }[what]
     with monkeypatch.context() as patch:
-        patch.setattr(f"search.chain.os.{failing}", full)
+        patch.setattr(f"search.guard.chain.os.{failing}", full)
         with pytest.raises(RequestError, match=f"No space left on device; {said}, so make room"):
             ask()
     assert ledger.path.read_bytes() == before
@@ -280,7 +280,7 @@ def test_a_full_disk_keeps_no_half_of_the_row_hashes(ledger, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("search.chain.os.fsync", full)
+        patch.setattr("search.guard.chain.os.fsync", full)
         with pytest.raises(RequestError, match="nothing was opened"):
             enter(ledger)
     assert ledger.path.read_bytes() == b"" and os.listdir(f"{ledger.path}.rows") == []
@@ -295,7 +295,7 @@ def test_an_interrupt_while_writing_enters_nothing(ledger, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("search.chain.os.fsync", interrupted)
+        patch.setattr("search.guard.chain.os.fsync", interrupted)
         with pytest.raises(KeyboardInterrupt):
             enter(ledger, frozen="g")
     assert ledger.path.read_bytes() == before

@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 
-from search import garbage, lifecycle, places, publishing, runs, tracking, ui
 from search.errors import RequestError, StudyError, TrackingError
-from search.journal import Journal
-from search.ledger import Ledger
-from search.lock import locked
-from search.repairing import repair
+from search.guard.ledger import Ledger
+from search.record import garbage, lifecycle, places
+from search.record.journal import Journal
+from search.record.lock import locked
+from search.record.repairing import repair
 from search.study import Study, names, workspace_id
+from search.tracker import publishing, runs, tracking, ui
 from search.trial import Trial, TrialState
 from tests.conftest import ROOT, Heldout
 from tests.tiny import write_space
@@ -33,7 +34,7 @@ with warnings.catch_warnings():
     from mlflow import MlflowClient
     from mlflow.entities import ViewType
 
-    from search.publisher import Publisher
+    from search.tracker.publisher import Publisher
 
 from tests.tracked import Driver, free_port, study
 

@@ -14,10 +14,10 @@ from hyperopt import hp as h
 from hyperopt.pyll.stochastic import sample
 
 from search import OptunaTrial
+from search.definition.moving import hyperopt_params, is_of_hyperopt
+from search.definition.space import Space
+from search.definition.tracing import TracingHyperParameters, discover
 from search.errors import SpaceError
-from search.moving import hyperopt_params, is_of_hyperopt
-from search.space import Space
-from search.tracing import TracingHyperParameters, discover
 from tests.conftest import Heldout
 from tests.tiny import write_space
 

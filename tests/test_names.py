@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from search.errors import RequestError, StudyError
 from search.export import export
-from search.journal import Journal
-from search.lock import locked
-from search.reserving import clear, never_began, reserve
-from search.runs import Names
+from search.record.journal import Journal
+from search.record.lock import locked
+from search.record.reserving import clear, never_began, reserve
 from search.study import Study, check_name, make_workspace, names
+from search.tracker.runs import Names
 from tests.conftest import Heldout
 
 ODD = st.text(st.sampled_from("./\\~:@%- _a0\n\0é")) | st.text()

@@ -50,7 +50,7 @@ def test_an_installed_space_is_found_by_its_short_name(wheel: Path, tmp_path: Pa
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    code = "import search.problem as p; print(p.find('digits_mlp').path); print(*p.shipped())"
+    code = "import search.definition.problem as p; print(p.find('digits_mlp').path); print(*p.shipped())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

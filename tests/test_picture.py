@@ -13,7 +13,7 @@ import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
-from search import picture
+from search.shown import picture
 
 SERIES = [(0, 0.9, 0.91), (1, 0.95, None), (2, 0.95, None), (7, 0.981, 0.97)]
 
@@ -183,6 +183,6 @@ def test_losses_below_zero_stay_on_a_linear_scale() -> None:
 
 
 def test_pyplot_is_never_loaded() -> None:
-    code = "import sys, search.picture; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, search.shown.picture; sys.exit('matplotlib.pyplot' in sys.modules)"
     root = Path(__file__).resolve().parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from search import places, publishing, tracking
-from search.journal import Journal
+from search.record import places
+from search.record.journal import Journal
+from search.tracker import publishing, tracking
 
 OLD = Path("/nowhere/before")
 

@@ -10,10 +10,10 @@ import keras
 import numpy as np
 import pytest
 
-from search import preflight
 from search.errors import SpaceError
-from search.report import check_lines
-from search.scoring import disagreement_line
+from search.harness import preflight
+from search.scorer.scoring import disagreement_line
+from search.shown.report import check_lines
 from tests.test_training import Running
 
 

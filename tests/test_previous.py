@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from search.ledger import Ledger
+from search.guard.ledger import Ledger
 from search.study import Study
 from tests.conftest import Heldout, run_heldout
 from tests.previous import Previous, unpack

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from search.definition.problem import Problem, SpaceModule, find, shipped
 from search.errors import SpaceError
-from search.problem import Problem, SpaceModule, find, shipped
 from tests.tiny import PARTS, write_space
 
 

@@ -14,18 +14,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search import jobs, keeping
-from search.domain import Domain
+from search.definition.domain import Domain
+from search.definition.space import Parameter, Space
 from search.errors import RequestError
 from search.executors import Lost, Slot
 from search.executors.inline import InlineExecutor
-from search.finalists import Confirmation, plan
-from search.journal import Journal
-from search.pruners import ETA, PRUNERS, Asha, Curve, Median, Pruning, default_grace, get_pruner
-from search.rungs import asking
-from search.space import Parameter, Space
+from search.guard.finalists import Confirmation, plan
+from search.harness.rungs import asking
+from search.loop import keeping
+from search.loop.pruners import ETA, PRUNERS, Asha, Curve, Median, Pruning, default_grace, get_pruner
+from search.processes import jobs
+from search.processes.supervision import Supervisor
+from search.record.journal import Journal
 from search.study import Study, StudyConfig
-from search.supervision import Supervisor
 from search.trial import Report, Trial, TrialState, ranked
 from tests.conftest import Heldout
 from tests.test_driver import RATE, UNITS, asks_for, driver, result, study
@@ -242,7 +243,7 @@ def test_a_pruned_trial_neither_wins_nor_is_confirmed_nor_keeps_its_model(journa
     # Worth more by Keras' values than what is complete: the scorer gives every model a tenth of it.
     class Harsh:
         def judge(self, found: dict[str, Any]) -> Any:
-            from search.attempt import Verdict
+            from search.loop.attempt import Verdict
 
             return Verdict(found["score"] / 10, guard=0.0)
 

@@ -19,13 +19,14 @@ from typing import Any
 
 import pytest
 
-from search import journal_copy, journal_file, publishing, salvage
+from search.definition.space import Space
 from search.errors import DamagedError, HeldoutError, RequestError, StudyError
-from search.journal import Journal
-from search.lock import locked
-from search.repairing import lines, repair
-from search.space import Space
+from search.record import journal_copy, journal_file, salvage
+from search.record.journal import Journal
+from search.record.lock import locked
+from search.record.repairing import lines, repair
 from search.study import Study, names
+from search.tracker import publishing
 from search.trial import Report, Trial, TrialState
 from tests.conftest import ROOT, Heldout
 from tests.test_journal import ask, complete, running

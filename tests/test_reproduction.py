@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 
 import search
-from search import devices, jobs, reproduction
+from search import reproduction
+from search.definition.problem import find
 from search.errors import DataError, RequestError, StudyError
 from search.executors import Exited, Job
-from search.journal import Journal
-from search.problem import find
+from search.loop.watcher import Silent
+from search.processes import devices, jobs
+from search.record.journal import Journal
 from search.study import Study, StudyConfig
 from search.trial import TrialState, seed_for
-from search.watcher import Silent
 from tests.conftest import Heldout, run_heldout
 from tests.tiny import PARTS, write_space
 

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from search.attempt import Verdict
-from search.domain import Domain
+from search.definition.domain import Domain
+from search.definition.space import Parameter
 from search.errors import DiskFull, SpaceError, StudyStopped
 from search.executors import Event, Exited, Job, Lost, Message, Slot, died
 from search.executors.inline import InlineExecutor
-from search.journal import Journal
-from search.retries import RETRIES
+from search.loop.attempt import Verdict
+from search.loop.retries import RETRIES
+from search.loop.surroundings import FINISH, NOW, Calm
+from search.loop.watcher import Silent
+from search.record.journal import Journal
 from search.samplers import get_sampler
-from search.space import Parameter
-from search.surroundings import FINISH, NOW, Calm
 from search.trial import Trial, TrialState
-from search.watcher import Silent
 from tests.test_driver import RATE, UNITS, ReadingJudge, asks_for, driver, journal, result, study  # noqa: F401 (a fixture)
 
 WHOLE = study(RATE, score=lambda p: 0.5)

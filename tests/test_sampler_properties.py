@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from search.domain import Domain
+from search.definition.domain import Domain
+from search.definition.space import Parameter, Space
 from search.errors import RequestError
 from search.samplers import SAMPLERS, check_space, get_sampler, proposal_for
-from search.space import Parameter, Space
 from search.trial import Trial, TrialState, Value
 
 STATES = tuple(TrialState)

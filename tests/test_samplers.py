@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from search.domain import Domain
+from search.definition.domain import Domain
+from search.definition.space import Parameter, Space
 from search.errors import RequestError
 from search.samplers import SAMPLERS, Proposal, Sampler, check_space, default_for, get_sampler, propose
 from search.samplers.tpe import Seen, TPESampler, axis_of, ranks
-from search.space import Parameter, Space
 from search.trial import Trial, TrialState, Value
 from tests.conftest import run_heldout
 from tests.tiny import write_space

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from search import metrics
 from search.errors import SpaceError, TrialFailed
-from search.scoring import Metric, direction_for, in_order, resolve, score, value_of
+from search.scorer import metrics
+from search.scorer.scoring import Metric, direction_for, in_order, resolve, score, value_of
 
 RNG = np.random.default_rng(0)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from search import tracking, ui
+from search.tracker import tracking, ui
 from tests.conftest import ROOT, Heldout
 from tests.proxy import proxy
 from tests.tiny import write_space

@@ -14,15 +14,15 @@ import sklearn.metrics as sk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search import metrics, ranks
-from search.candidates import Candidate
 from search.errors import StudyFailed
-from search.few_errors import exact_interval, is_few
-from search.intervals import proportion_interval
-from search.scoring import Metric, Score, value_of
-from search.selection import choose, corrected, noise_floor
-from search.statistics import standard_error, test_interval
-from search.verdicts import gap, judge
+from search.guard.candidates import Candidate
+from search.guard.few_errors import exact_interval, is_few
+from search.guard.intervals import proportion_interval
+from search.guard.selection import choose, corrected, noise_floor
+from search.guard.statistics import standard_error, test_interval
+from search.guard.verdicts import gap, judge
+from search.scorer import metrics, ranks
+from search.scorer.scoring import Metric, Score, value_of
 
 test_interval.__test__ = False  # a function of ours, not one of pytest's
 
@@ -445,7 +445,7 @@ def test_the_seed_decides_and_seed_0_counts():
 def test_blocks_of_any_size_give_the_same(monkeypatch):
     pool = noisy(10)
     whole = corrected(ACCURACY, "max", pool, 80, 80, baseline=0, repeats=100)
-    monkeypatch.setattr("search.candidates._VALUES", 80 * 7)
+    monkeypatch.setattr("search.guard.candidates._VALUES", 80 * 7)
     parted = corrected(ACCURACY, "max", pool, 80, 80, baseline=0, repeats=100)
     assert parted.wins == whole.wins and parted.estimate == pytest.approx(whole.estimate)
 
@@ -598,10 +598,10 @@ def test_a_lone_positive_row_is_never_left_out():
 
 
 def test_rank_metrics_of_many_rows_are_resampled_less_and_say_so(monkeypatch):
-    monkeypatch.setattr("search.candidates._RANK_VALUES", 6 * 70 * 250)
+    monkeypatch.setattr("search.guard.candidates._RANK_VALUES", 6 * 70 * 250)
     metric, direction, *_, pool, _ = of_every("auc")
     assert "over 250 resamples" in corrected(metric, direction, pool, 50, 70).method
-    monkeypatch.setattr("search.candidates._RANK_VALUES", 1)
+    monkeypatch.setattr("search.guard.candidates._RANK_VALUES", 1)
     assert "over 200 resamples" in corrected(metric, direction, pool, 50, 70).method
     assert "over 60 resamples" in corrected(metric, direction, pool, 50, 70, repeats=60).method
 
@@ -625,7 +625,8 @@ def test_a_thousand_candidates_on_ten_thousand_rows_take_seconds(tmp_path):
 
 def test_a_model_of_which_something_is_missing_cannot_be_chosen(tmp_path: Path) -> None:
     """As after a power cut or a repair: better another model than a study that cannot be concluded."""
-    from search import places, winner
+    from search.guard import winner
+    from search.record import places
     from search.trial import Trial
 
     trial, parts = Trial(3), np.zeros((5, 1), dtype=np.float32)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search.executors import MEMORY_FRACTION, Slot
-from search.slots import Alone, Slots
+from search.processes.slots import Alone, Slots
 
 CPUS = [Slot(n, 1) for n in range(3)]
 # Two GPUs, each shared by two trials.

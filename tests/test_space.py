@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.domain import Domain
-from search.space import Parameter, Space
+from search.definition.domain import Domain
+from search.definition.space import Parameter, Space
 from search.trial import Value
 
 SCALES = ("linear", "log", "reverse_log")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from search import split
 from search.errors import DataError
-from search.rows import row_hashes
-from search.split import GUARD, TEST, TRAIN, VALIDATION
+from search.tiers import split
+from search.tiers.rows import row_hashes
+from search.tiers.split import GUARD, TEST, TRAIN, VALIDATION
 
 
 def deal(n, classes=None, seed=0, values=None, rng=0, **given):

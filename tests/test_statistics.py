@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from search.intervals import delong, matched_interval, mcnemar, newcombe, proportion_interval, share_interval, z
-from search.scoring import Metric, Score, resolve, score, value_of
-from search.statistics import paired_difference, standard_error, test_interval
-from search.verdicts import GAP_Z, alpha, gap
+from search.guard.intervals import delong, matched_interval, mcnemar, newcombe, proportion_interval, share_interval, z
+from search.guard.statistics import paired_difference, standard_error, test_interval
+from search.guard.verdicts import GAP_Z, alpha, gap
+from search.scorer.scoring import Metric, Score, resolve, score, value_of
 
 test_interval.__test__ = False  # a function of ours, not one of pytest's
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from search.errors import StudyError
-from search.journal import Journal
-from search.lock import driver_of, locked
+from search.record.journal import Journal
+from search.record.lock import driver_of, locked
 from search.study import Study
 from search.trial import TrialState
 from tests.conftest import ROOT, Heldout
@@ -192,7 +192,7 @@ def test_a_second_driver_is_told_who_the_first_is(tmp_path: Path, launched: Any,
 
 def test_the_lock_dies_with_its_process_and_is_known_by_name(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from search.lock import locked\n"
+        "import sys, time; from pathlib import Path; from search.record.lock import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen(
@@ -214,7 +214,7 @@ def test_the_lock_dies_with_its_process_and_is_known_by_name(tmp_path: Path) -> 
 
 def test_a_look_at_the_lock_never_refuses_a_driver(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from search.lock import driver_of\n"
+        "import sys; from pathlib import Path; from search.record.lock import driver_of\n"
         "while True: driver_of(Path(sys.argv[1]))"
     )
     (tmp_path / "lock").touch()
@@ -243,7 +243,7 @@ def test_a_driver_waits_for_the_last_process_of_the_one_before(tmp_path: Path) -
     os.close(inherited)
 
     code = (
-        "import os, subprocess, sys; from pathlib import Path; from search.lock import locked\n"
+        "import os, subprocess, sys; from pathlib import Path; from search.record.lock import locked\n"
         "with locked(Path(sys.argv[1])) as hold:\n"
         "    subprocess.Popen(['sleep', '2'], pass_fds=(hold,), stdout=subprocess.DEVNULL)\n"
         "    os.kill(os.getpid(), 9)"

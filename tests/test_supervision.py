@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from search.supervision import Supervisor
-from search.usage import _seconds, cpu_seconds, oom_kills
+from search.processes.supervision import Supervisor
+from search.processes.usage import _seconds, cpu_seconds, oom_kills
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

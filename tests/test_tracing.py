@@ -12,9 +12,9 @@ import keras_tuner
 import numpy as np
 import pytest
 
+from search.definition.space import Space
+from search.definition.tracing import TracingHyperParameters, discover
 from search.errors import SpaceError
-from search.space import Space
-from search.tracing import TracingHyperParameters, discover
 
 Build = Callable[[Any], Any]
 

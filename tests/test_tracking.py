@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
-from search import publishing, runs, tracking, ui
 from search.errors import TrackingError
-from search.journal import Journal
+from search.record.journal import Journal
+from search.tracker import publishing, runs, tracking, ui
 from search.trial import TrialState
 
 with warnings.catch_warnings():
@@ -33,8 +33,8 @@ with warnings.catch_warnings():
     from mlflow.entities import ViewType
     from mlflow.exceptions import MlflowException
 
-    from search import publisher
-    from search.publisher import Publisher
+    from search.tracker import publisher
+    from search.tracker.publisher import Publisher
 
 from tests.tracked import Counting, Driver, Tracked, free_port, study, until
 

@@ -11,12 +11,12 @@ import keras
 import numpy as np
 import pytest
 
-from search import feeding, fused, preflight, training
-from search.data import Dataset, OpenRows, prepare
-from search.declaration import declare
+from search.definition.problem import SpaceModule, find
+from search.definition.tracing import TracingHyperParameters
 from search.errors import SpaceError, TrialFailed
-from search.problem import SpaceModule, find
-from search.tracing import TracingHyperParameters
+from search.harness import feeding, fused, preflight, training
+from search.scorer.declaration import declare
+from search.tiers.data import Dataset, OpenRows, prepare
 from tests.tiny import write_space
 
 

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from search.cli import main
 from search.errors import RequestError
+from search.record.trial_table import dataframe, shown, write_parquet
 from search.study import Study
 from search.trial import Trial, TrialState
-from search.trial_table import dataframe, shown, write_parquet
 from tests.test_warm_start import earlier
 
 DONE: dict[str, Any] = {"score": 0.5, "loss": -0.5, "epochs": 3, "best_epoch": 2, "size": 9}

@@ -18,9 +18,9 @@ from typing import Any
 import click.testing
 import pytest
 
-from search import publishing, ui
 from search.cli import main
 from search.errors import RequestError
+from search.tracker import publishing, ui
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 60.0

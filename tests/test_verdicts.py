@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search import verdicts
-from search.intervals import delong
-from search.scoring import Score, resolve, score
-from search.statistics import standard_error
-from search.statistics import test_interval as interval_of
-from search.verdicts import Gap
+from search.guard import verdicts
+from search.guard.intervals import delong
+from search.guard.statistics import standard_error
+from search.guard.statistics import test_interval as interval_of
+from search.guard.verdicts import Gap
+from search.scorer.scoring import Score, resolve, score
 
 RNG = np.random.default_rng(0)
 

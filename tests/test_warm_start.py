@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from search import warm_start
-from search.belief import paragraph
-from search.domain import Domain
-from search.enqueueing import queue, source
+from search.definition.domain import Domain
+from search.definition.space import Parameter, Space
 from search.errors import DataError, RequestError, StudyError
-from search.journal import Journal
-from search.report import lines, status_line
-from search.runs import study_tags
+from search.guard.belief import paragraph
+from search.loop import warm_start
+from search.loop.enqueueing import queue, source
+from search.record.journal import Journal
 from search.samplers import Proposal, get_sampler, proposal_for
-from search.space import Parameter, Space
+from search.shown.report import lines, status_line
 from search.study import Study, StudyConfig
+from search.tracker.runs import study_tags
 from search.trial import Trial, TrialState
 from tests.conftest import Heldout
 from tests.test_driver import RATE, UNITS, driver, study

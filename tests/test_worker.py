@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from search import worker
 from search.errors import SpaceError, TrialFailed
+from search.harness import worker
 
 
 class ResourceExhaustedError(Exception):

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from search import runs
-from search.journal import Journal
+from search.record.journal import Journal
+from search.tracker import runs
 from search.trial import Report, Trial, TrialState
 
 with warnings.catch_warnings():
@@ -21,7 +21,7 @@ with warnings.catch_warnings():
     from mlflow.entities import Run
     from mlflow.exceptions import MlflowException
 
-    from search.publisher import Publisher
+    from search.tracker.publisher import Publisher
 
 
 PATIENCE = 120.0  # seconds, on a busy machine

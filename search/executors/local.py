@@ -18,11 +18,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from search import secrecy
-from search.channel import ChannelError, Link, wait
 from search.errors import ExecutorError, RequestError
 from search.executors import Event, Exited, Job, Lost, Message, Slot, Warned, died, task
-from search.template import command
-from search.usage import cpu_seconds, oom_kills
+from search.processes.channel import ChannelError, Link, wait
+from search.processes.template import command
+from search.processes.usage import cpu_seconds, oom_kills
 
 REQUIRED = ("numpy", "keras", "keras_tuner")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -71,7 +71,7 @@ class LocalExecutor:
         preload: Third-party modules that the template imports ahead of the trials, if it can.
         path: Folders put in front of ``sys.path`` in job processes only, never in the template.
         backend: Keras' backend; None leaves it to Keras' own configuration.
-        entry: "module:function", called with the job and its ``search.channel.Channel`` in every job process.
+        entry: "module:function", called with the job and its ``search.processes.channel.Channel`` in every job process.
         log: File that the template's own output is appended to.
         template_threads: Threads of the numerical libraries that the template loads, for its trials too.
         required: Modules without which no trial can run.
@@ -88,7 +88,7 @@ class LocalExecutor:
         preload: Sequence[str] = (),
         path: Sequence[str] = (),
         backend: str | None = None,
-        entry: str = "search.worker:main",
+        entry: str = "search.harness.worker:main",
         template_threads: int = 1,
         required: Sequence[str] = REQUIRED,
         hold: Sequence[int] = (),

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from search.definition.space import Space
 from search.errors import RequestError
-from search.space import Space
 from search.trial import Trial, Value, searched, seed_for
 
 __all__ = [

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from search.space import Parameter, Space
+from search.definition.space import Parameter, Space
 from search.trial import Params, Value
 
 Array = NDArray[np.float64]

@@ -11,10 +11,10 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from search.definition.space import Parameter, Space
 from search.samplers import Proposal
 from search.samplers.optuna import needs
 from search.samplers.tpe import badness
-from search.space import Parameter, Space
 from search.trial import Trial, TrialState, Value
 
 _SIGMA = 1 / 6  # of the unit cube, as Optuna begins

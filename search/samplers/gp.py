@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from scipy import optimize, special, stats
 
+from search.definition.space import Space
 from search.samplers import Proposal
 from search.samplers.chart import Array, Chart, Mask, marks
 from search.samplers.gaussian_process import Posterior, fit, improvement_slopes, log_improvement
-from search.space import Space
 from search.trial import Trial, TrialState, Value
 
 _STARTUP = 10  # finished trials before the model's first word; 6 did worse after 25 trials

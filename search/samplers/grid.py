@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from search.domain import Domain
+from search.definition.domain import Domain
+from search.definition.space import Space
 from search.errors import RequestError
 from search.samplers import Proposal
-from search.space import Space
 from search.trial import Trial
 
 

@@ -13,9 +13,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from search.definition.space import Parameter, Space
 from search.samplers import Proposal
 from search.samplers.tpe import ranks
-from search.space import Parameter, Space
 from search.trial import Trial, TrialState, Value
 
 _STARTUP = 20  # Hyperopt's own number of random trials, of finished ones

@@ -12,8 +12,8 @@ import random
 import warnings
 from collections.abc import Sequence
 
+from search.definition.space import Parameter, Space
 from search.samplers import Proposal
-from search.space import Parameter, Space
 from search.trial import Trial, TrialState, Value
 
 _LARGEST = 1e150  # beyond, sums of squares overflow

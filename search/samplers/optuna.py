@@ -14,9 +14,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from search.definition.space import Parameter, Space
 from search.errors import RequestError
 from search.samplers import Proposal
-from search.space import Parameter, Space
 from search.trial import Trial, TrialState, Value
 
 _CHOICES = ("choice", "boolean")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from search.definition.space import Space
 from search.samplers import Proposal
-from search.space import Space
 from search.trial import Trial
 
 

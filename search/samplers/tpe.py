@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from search.definition.space import Parameter, Space
 from search.samplers import Proposal
-from search.space import Parameter, Space
 from search.trial import Trial, TrialState, Value
 
 _STARTUP = 10  # finished trials before the history beats the prior

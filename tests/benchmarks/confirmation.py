@@ -20,16 +20,17 @@ from typing import Any
 import measure
 import numpy as np
 
-from search import scoring, selection
-from search.data import SealedRows
-from search.freezing import build_file, predict_file
-from search.jobs import one_slot, start_executor
-from search.journal import Journal
-from search.problem import Problem
+from search.definition.problem import Problem
+from search.guard import selection
+from search.guard.freezing import build_file, predict_file
+from search.guard.winner import _candidate
+from search.loop.watcher import Silent
+from search.processes.jobs import one_slot, start_executor
+from search.record.journal import Journal
+from search.scorer import scoring
 from search.study import Study
+from search.tiers.data import SealedRows
 from search.trial import TrialState, best
-from search.watcher import Silent
-from search.winner import _candidate
 
 SPACES = ("digits_mlp", "breast_cancer", "diabetes")
 

@@ -18,17 +18,17 @@ from typing import Any
 
 import measure
 
-from search import publishing
-from search.attempt import Verdict
-from search.domain import Domain
-from search.driver import Driver
-from search.ends import Ends
+from search.definition.domain import Domain
+from search.definition.space import Parameter, Space
 from search.executors.inline import InlineExecutor
-from search.journal import Journal
+from search.loop.attempt import Verdict
+from search.loop.driver import Driver
+from search.loop.ends import Ends
+from search.loop.watcher import Silent
+from search.record.journal import Journal
 from search.samplers import Proposal, Sampler, get_sampler
-from search.space import Parameter, Space
+from search.tracker import publishing
 from search.trial import Trial, TrialState
-from search.watcher import Silent
 
 EPOCHS = 10
 SETTLED = 40  # trials: after twenty have finished, TPE imports Hyperopt, which is no growth
@@ -229,7 +229,7 @@ def memory(trials: int, seed: int, folder: Path) -> list[tuple[str, float, float
 
 def template_of(driver: int) -> int | None:
     """The process that the driver's trials are forked from."""
-    return next((pid for pid, words in measure.children(driver).items() if "search.template" in words), None)
+    return next((pid for pid, words in measure.children(driver).items() if "search.processes.template" in words), None)
 
 
 def finished(path: Path) -> int | None:

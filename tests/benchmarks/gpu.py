@@ -19,8 +19,8 @@ from typing import Any
 
 import measure
 
-from search import devices
 from search.errors import RequestError
+from search.processes import devices
 from search.study import Study
 from search.trial import TrialState
 

@@ -19,11 +19,11 @@ import measure
 import numpy as np
 from scipy import stats
 
-from search.candidates import Candidate
-from search.scoring import Metric, Score
-from search.selection import Choice, choose, corrected
-from search.statistics import test_interval
-from search.verdicts import alpha
+from search.guard.candidates import Candidate
+from search.guard.selection import Choice, choose, corrected
+from search.guard.statistics import test_interval
+from search.guard.verdicts import alpha
+from search.scorer.scoring import Metric, Score
 
 TRIALS, FINALISTS, SEEDS = 100, 10, 3
 KEPT = 20  # models of the search that are not deleted before the choice, as by `--keep`

@@ -37,7 +37,7 @@ def module() -> Any:
 
 def tiers(plan: dict[str, Any]) -> tuple[Any, Any]:
     """Train and validation rows."""
-    from search.data import OpenRows
+    from search.tiers.data import OpenRows
 
     rows = OpenRows(Path(plan["rows"]))
     train, validation = ((rows.features(tier), rows.labels(tier)) for tier in ("train", "validation"))
@@ -55,7 +55,7 @@ def hyperparameters(values: dict[str, Any]) -> Any:
 
 def score(plan: dict[str, Any]) -> dict[str, Any]:
     """Test accuracy of models, as {"params", "weights"} each. Run when all clocks have stopped."""
-    from search.data import SealedRows
+    from search.tiers.data import SealedRows
 
     sealed, space, out = SealedRows(Path(plan["sealed"])), module(), []
     for one in plan["models"]:

@@ -23,10 +23,10 @@ from typing import Any
 
 import measure
 
-from search.domain import Domain
+from search.definition.domain import Domain
+from search.definition.space import Parameter, Space
 from search.errors import RequestError
 from search.samplers import SAMPLERS, check_space, get_sampler, proposal_for
-from search.space import Parameter, Space
 from search.trial import Trial, TrialState, Value
 
 PEER = "optuna.tpe (Optuna itself)"

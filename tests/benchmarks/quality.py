@@ -95,7 +95,7 @@ def problem(data_set: str) -> Problem:
 
 def space_of(table: Problem) -> Any:
     """The table's parameters as our own space."""
-    from search.space import Space
+    from search.definition.space import Space
 
     asks = [
         {

@@ -25,12 +25,12 @@ from typing import Any
 import measure
 from driver_cost import SPACE, Opinion
 
-from search.driver import Driver
-from search.ends import Ends
+from search.definition.space import Space
 from search.executors import Event, Exited, Job, Message, Slot
-from search.journal import Journal
+from search.loop.driver import Driver
+from search.loop.ends import Ends
+from search.record.journal import Journal
 from search.samplers import get_sampler
-from search.space import Space
 
 SHORTEST, LONGEST, EPOCHS = 0.5, 5.0, 5
 GOAL = 95

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import measure
 
-from search.channel import Channel
 from search.executors import Exited, Job, Message, Slot
 from search.executors.local import LocalExecutor
-from search.journal import Journal
+from search.processes.channel import Channel
+from search.record.journal import Journal
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def harness(trials: int, folder: Path) -> list[float]:
     slot = Slot(0, 1)
     executor = LocalExecutor(
         (slot,),
-        preload=["search.training", "search.worker"],
+        preload=["search.harness.training", "search.harness.worker"],
         path=[str(Path(__file__).parent)],
         entry="startup:answer",
         log=folder / "template.log",

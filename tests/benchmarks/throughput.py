@@ -102,7 +102,7 @@ def best(found: Mapping[str, Any]) -> str:
 
 def read_back(study: Path, epochs: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What heldout took and found, and what a peer is to repeat, both from the study's journal."""
-    from search.journal import Journal
+    from search.record.journal import Journal
     from search.trial import TrialState
 
     with Journal.open(study / "journal.sqlite", read_only=True) as journal:
@@ -159,7 +159,7 @@ def curve(
     models: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], study: Path, began: float, scratch: Path
 ) -> list[tuple[float, float]]:
     """Seconds since the launch, and the test score of the best model by validation score from then on."""
-    from search import places
+    from search.record import places
 
     leaders: list[Mapping[str, Any]] = []
     for model in models:

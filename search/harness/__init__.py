@@ -1,0 +1,1 @@
+"""Inside a trial's process: one job in, build, fit and predict, messages out."""

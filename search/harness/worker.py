@@ -1,0 +1,405 @@
+"""The harness inside a trial-side process: one job in, messages out, nothing kept."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from search.definition.problem import Problem, SpaceModule, first_line
+from search.definition.space import Parameter
+from search.errors import DataError, HeldoutError, SpaceError, TrialFailed
+from search.harness import failing
+from search.harness.rungs import Channel, Stopped, asking
+
+JobResult = dict[str, Any]
+
+
+def main(job: dict[str, Any], channel: Channel) -> None:
+    """Run one job and say how it ended; the last message is a ``result`` or a ``failed``.
+
+    ``failed`` carries the reason for a trial, one line for people, and, when the request itself was
+    wrong, the name of the class in ``errors``.
+    """
+    try:
+        rungs = job["payload"].get("rungs")
+        send = asking(channel, rungs) if rungs else channel.send
+        result = JOBS[job["kind"]]({**job["payload"], "slot": job.get("slot")}, send)
+    except BaseException as error:
+        traceback.print_exc()
+        channel.send(failing.told(error, bool((job.get("slot") or {}).get("gpus"))))
+    else:
+        channel.send({"type": "result", **result})
+
+
+def load(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Execute the module, store and seal its rows, fit its preprocessing on the train rows."""
+    from search.tiers import data
+
+    module = SpaceModule(Problem(**payload["problem"]))
+    dataset = module.load()
+    if not isinstance(dataset, data.Dataset):
+        raise SpaceError(
+            f"{module.problem.path}: load() must return a search.Dataset, but returned "
+            f"{type(dataset).__name__}; return Dataset(x, y)"
+        )
+    workspace = Path(payload["workspace"])
+    manifest = data.prepare(
+        dataset, workspace, payload["split_seed"], allow_nan=module.allow_nan or module.preprocess is not None
+    )
+    rows = workspace / "rows" / manifest["digest"]
+    preprocess = None
+    if module.preprocess is not None:
+        preprocess = str(Path(payload["folder"]) / "preprocess.keras")
+        must_remove_nan = manifest["has_nan"] and not module.allow_nan
+        sealed = data.SealedRows(workspace / "sealed" / manifest["digest"])
+        _fit_preprocess(module, data.OpenRows(rows), Path(preprocess), must_remove_nan, sealed)
+    return {
+        "manifest": manifest,
+        "rows": str(rows),
+        "sealed": str(workspace / "sealed" / manifest["digest"]),
+        "preprocess": preprocess,
+        "objective": module.objective,
+        "direction": module.direction,
+        "epochs": module.epochs,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Heldout and of what trains, samples and records with it, as installed here."""
+    found = {}
+    for name in (
+        "heldout",
+        "keras",
+        "tensorflow",
+        "jax",
+        "torch",
+        "keras-tuner",
+        "hyperopt",
+        "mlflow",
+        "numpy",
+    ):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _fit_preprocess(
+    module: SpaceModule, rows: Any, path: Path, must_remove_nan: bool, sealed: Any | None = None
+) -> None:
+    import keras
+    import numpy as np
+
+    from search.harness import feeding, preflight, training
+    from search.scorer import declaration
+    from search.tiers import leakage
+
+    keras.utils.set_random_seed(0)
+    assert module.preprocess is not None
+    with module.blaming("preprocess(train)"):
+        model = module.preprocess(rows.dataset("train"))
+    if not isinstance(model, keras.Model):
+        raise SpaceError(
+            f"{module.problem.path}: preprocess(train) must return a keras.Model, such as "
+            f"keras.Sequential([keras.Input(...), normalization]), but returned {type(model).__name__}"
+        )
+    known = declaration.ends(model)
+    if known is not None:  # a name of its own, since every unnamed model is called "sequential"
+        model = keras.Model(*known, name="preprocess")
+        if sealed is not None:
+            leakage.check_learned(model, rows, sealed, module.problem.path)
+    if must_remove_nan:
+        for tier in ("train", "validation", "guard"):
+            for part in keras.tree.flatten(feeding.joined(rows, tier, model)):
+                if np.issubdtype(part.dtype, np.floating) and np.isnan(part).any():
+                    raise DataError(
+                        f"x has NaN and preprocess(train) leaves some in the {tier} rows; let it remove them, "
+                        f"or set `allow_nan = True` in {module.problem.path} if the model copes with NaN"
+                    )
+    training.save(model, path)
+    preflight.refuse_lambdas(path, module.problem.path)
+    preflight.refuse_secrets(path, module.problem.path)
+
+
+def discover(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Find the parameters of a space by building it under a time cap."""
+    from search.definition import tracing
+
+    module = SpaceModule(Problem(**payload["problem"]))
+    try:
+        space, complete = tracing.discover(module.build, payload["seconds"])
+    except HeldoutError:
+        raise
+    except Exception as error:
+        raise SpaceError(
+            f"{module.line(error)}: build(hp) with the defaults raised {type(error).__name__}: {first_line(error)}"
+        ) from error
+    return {"space": space, "complete": complete}
+
+
+class _Trial:
+    """One job's module, hyperparameters, rows and model, built once."""
+
+    def __init__(self, payload: dict[str, Any]) -> None:
+        import keras
+
+        from search.definition.tracing import TracingHyperParameters
+        from search.harness import training
+        from search.processes import devices
+        from search.tiers.data import OpenRows
+
+        if payload.get("slot"):
+            devices.apply(payload["slot"])
+        if payload.get("deterministic"):
+            devices.be_deterministic()
+        self.payload = payload
+        self.module = SpaceModule(Problem(**payload["problem"]))
+        self.hp = TracingHyperParameters(
+            payload.get("proposal"), payload["seed"], payload.get("default", False), payload.get("named")
+        )
+        self.rows = OpenRows(Path(payload["rows"]))
+        keras.utils.set_random_seed(payload["seed"])
+        self.preprocess = (
+            keras.models.load_model(payload["preprocess"], compile=False) if payload.get("preprocess") else None
+        )
+        self.model = training.build(self.module, self.hp)
+
+    def fit(self, epochs: int | None, send: Callable[[dict[str, Any]], None], keep_last: bool = False) -> Any:
+        """Train the model; see ``training.fit``."""
+        from search.harness import training
+
+        known = {name: self.payload[name] for name in ("objective", "direction", "budget", "seed")}
+        if (minutes := self.payload.get("checkpoint_minutes")) is not None:
+            known["checkpoint"] = Path(self.payload["folder"]), minutes
+        given = (self.module, self.model, self.hp, self.rows, self.preprocess)
+        return training.fit(*given, epochs=epochs, send=send, keep_last=keep_last, **known)
+
+    def written(self, path: Path) -> dict[str, Any]:
+        """Write the model, preprocessing included, as one file; what is known of it."""
+        from search.harness import preflight, training
+
+        training.save(training.compose(self.model, self.preprocess, self.rows.manifest["x"]), path)
+        preflight.refuse_secrets(path, self.module.problem.path)
+        return {**self.described(), "custom": list(preflight.custom_objects(path))}
+
+    def described(self) -> dict[str, Any]:
+        """What the driver and the scorer need to know of the model."""
+        from search.scorer import declaration
+
+        return {
+            "asks": self.hp.asks,
+            "declaration": declaration.declare(self.model),
+            "size": int(self.model.count_params()) if self.model.built else None,
+        }
+
+
+def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Build, fit, and predict validation and guard features with the chosen weights.
+
+    One that was told to stop predicts nothing and leaves nothing; its result is ``asks`` and ``stopped`` alone.
+    """
+    from search.harness import checkpoints, preflight, training
+    from search.processes import devices
+
+    folder = Path(payload["folder"])
+    running: _Trial | None = None
+    try:
+        running = _Trial(payload)
+        reporting = _telling(running.hp, payload.get("proposal") or {}, send)
+        if payload.get("preflight"):
+            send({"type": "preflight", **preflight.run(running), **running.described()})
+        fitted = running.fit(payload.get("epochs"), reporting)
+        paths = predictions(running.model, running.rows, running.preprocess, ("validation", "guard"), folder)
+        weights = folder / "model.weights.h5"
+        training.save(running.model, weights)
+        preflight.refuse_secrets(weights, running.module.problem.path)
+    except Stopped:
+        checkpoints.remove(folder)
+        return {"asks": [] if running is None else running.hp.asks, "stopped": True}
+    except BaseException as error:
+        # What it asked for is part of the record of a failed trial too.
+        if running is not None:
+            send({"type": "asks", "asks": running.hp.asks})
+        if isinstance(error, TrialFailed):  # of its own: to go on from before that would lead there again
+            checkpoints.remove(folder)
+        raise
+    checkpoints.remove(folder)
+    return {
+        **running.described(),
+        "predictions": paths,
+        "weights": str(weights),
+        "epochs": fitted.epochs,
+        "best_epoch": fitted.best_epoch,
+        "reported": dict(fitted.reported),
+        "devices": devices.seen(),
+    }
+
+
+def _telling(
+    hp: Any, proposal: dict[str, Any], send: Callable[[dict[str, Any]], None]
+) -> Callable[[dict[str, Any]], None]:
+    """``send`` that says what was asked for when that is news, so that it shows while the trial runs.
+
+    Not before ``fit`` could ask for what is left of the proposal: until then the proposal stands, or another
+    trial would be given the same batch size meanwhile.
+    """
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        if len(asks := hp.asks) > told:
+            told = len(asks)
+            send({"type": "asks", "asks": asks})
+
+    def asked() -> None:  # by a fit that may hang afterwards, and then it is good to know with what
+        if proposal.keys() <= {Parameter.from_json(ask).identity for ask in hp.asks}:
+            tell()
+
+    asked()
+    hp.on_ask = asked
+
+    def reporting(body: dict[str, Any]) -> None:
+        tell()
+        send(body)
+
+    return reporting
+
+
+def predictions(model: Any, rows: Any, preprocess: Any, tiers: tuple[str, ...], folder: Path) -> dict[str, list[str]]:
+    """Predict tiers with one model and write one ``.npy`` per tier and output; the paths by tier."""
+    from search.harness import feeding, training
+
+    paths = {}
+    for tier in tiers:
+        features = feeding.joined(rows, tier, preprocess)
+        paths[tier] = training.save_arrays(training.predict(model, features), folder, tier)
+    return paths
+
+
+def check(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Preflight alone, and the time of one epoch, for ``heldout check``."""
+    from search.harness import preflight
+
+    running = _Trial(payload)
+    found = preflight.run(running)
+    started = time.monotonic()
+    epochs: list[float] = []
+    running.fit(2, lambda body: epochs.append(time.monotonic() - started))
+    first = epochs[0] if epochs else time.monotonic() - started
+    return {
+        **found,
+        **running.described(),
+        "epoch_seconds": epochs[-1] - first if len(epochs) > 1 else first,
+    }
+
+
+def export(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Rebuild a trial's model around its weights and write it as one file, preprocessing included."""
+    import numpy as np
+
+    from search.harness import feeding
+
+    running = _Trial(payload)
+    if not running.model.built:  # as one without an Input is until it sees rows
+        running.model(feeding.as_fed(feeding.joined(running.rows, "train", running.preprocess, np.arange(1))))
+    running.model.load_weights(payload["weights"])
+    return running.written(Path(payload["out"]))
+
+
+def refit(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Train a trial's configuration anew on a merged copy of rows, and write it as one file; see ``final.refit``."""
+    import keras
+
+    running = _Trial(payload | {"preprocess": None})
+    if running.module.preprocess is not None:
+        path = Path(payload["folder"]) / "preprocess.keras"
+        must_remove_nan = running.rows.manifest["has_nan"] and not running.module.allow_nan
+        _fit_preprocess(running.module, running.rows, path, must_remove_nan)
+        running.preprocess = keras.models.load_model(path, compile=False)
+    fitted = running.fit(payload["epochs"], send, keep_last=True)
+    return {
+        **running.written(Path(payload["out"])),
+        "epochs": fitted.epochs or payload["epochs"],  # a module's own fit may report none
+        "rows": running.rows.size("train"),
+    }
+
+
+def saved_model(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Write an exported file in TensorFlow's format beside it."""
+    import keras
+
+    from search.processes import devices
+
+    if payload.get("slot"):
+        devices.apply(payload["slot"])
+    if payload["custom"]:
+        SpaceModule(Problem(**payload["problem"]))
+    keras.models.load_model(payload["path"], compile=False).export(payload["folder"], verbose=False)
+    return {}
+
+
+def predict(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Predict with exported files; the space module runs only when a model needs its custom layers."""
+    import keras
+
+    from search.harness import feeding, training
+    from search.processes import devices
+    from search.tiers.data import OpenRows, load_structure
+
+    if payload.get("slot"):
+        devices.apply(payload["slot"])
+    if payload["custom"]:
+        SpaceModule(Problem(**payload["problem"]))
+    if payload["features"] is not None:
+        x = load_structure(payload["features"])
+    else:
+        x = OpenRows(Path(payload["rows"])).features(payload["tier"])
+    out: dict[str, list[str]] = {}
+    for name, path in payload["models"].items():
+        arrays = training.predict(keras.models.load_model(path, compile=False), feeding.as_fed(x))
+        out[name] = training.save_arrays(arrays, Path(payload["folder"]), f"{name}_{payload['tier']}")
+    return {"predictions": out, "batch_size": training.predict_batch(x)}
+
+
+def score(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Score predictions by a metric that only the compiled model knows; given sealed labels, it trains nothing."""
+    from search.processes import devices
+    from search.scorer import custom_metric
+
+    if payload.get("slot"):
+        devices.apply(payload["slot"])
+    return custom_metric.score(payload, SpaceModule(Problem(**payload["problem"])))
+
+
+def register(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Put an exported file in MLflow's registry."""
+    from search.processes import devices
+    from search.tracker import registry
+
+    if payload.get("slot"):
+        devices.apply(payload["slot"])
+    if payload["lineage"]["custom_objects"]:
+        SpaceModule(Problem(**payload["problem"]))
+    path, lineage = Path(payload["path"]), payload["lineage"]
+    uri = os.environ["MLFLOW_TRACKING_URI"]  # with credentials, so not in the payload
+    return {"registered": registry.register_model(path, payload["name"], uri, lineage)}
+
+
+JOBS: dict[str, Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], JobResult]] = {
+    "load": load,
+    "discover": discover,
+    "trial": trial,
+    "check": check,
+    "export": export,
+    "refit": refit,
+    "saved_model": saved_model,
+    "predict": predict,
+    "score": score,
+    "register": register,
+}

@@ -1,0 +1,1 @@
+"""The one scorer: from predictions and labels of any tier to a score, by what the model declares of itself."""

@@ -1,0 +1,209 @@
+"""Commands about studies that are recorded: looking at them, stopping, mending, repeating and removing them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from search.errors import RequestError
+from search.shown import options
+from search.shown.printing import print_json, told, watching
+
+
+@click.command()
+@click.argument("study", required=False)
+@options.workspace
+@options.as_json
+def status(study: str | None, workspace: str | None, as_json: bool) -> None:
+    """Show how far STUDY is, or all studies of the workspace."""
+    from search.shown.report import status_line
+    from search.study import Study, names, workspace_folder
+
+    folder = workspace_folder(workspace)
+    wanted = [study] if study is not None else names(folder)
+    found = []
+    for name in wanted:
+        try:
+            found.append(Study(name, workspace).status())
+        except RequestError as error:
+            if study is not None:
+                raise
+            found.append({"study": name, "state": "UNREADABLE", "error": str(error)})  # and the others are shown
+    if as_json:
+        return print_json(found[0] if study is not None else found)
+    for one in found:
+        click.echo(f"{one['study']}: {one['error']}" if "error" in one else status_line(one))
+    if not found:
+        click.echo(f"no studies in {folder}; start one with `heldout launch SPACE`")
+
+
+@click.command()
+@click.argument("study", required=False)
+@options.workspace
+@options.as_json
+def report(study: str | None, workspace: str | None, as_json: bool) -> None:
+    """Print what STUDY found, and what to believe of it."""
+    from search.shown.report import lines
+    from search.shown.report import report as make
+    from search.study import Study
+
+    found = make(Study(study, workspace))
+    told(found, lines, as_json)
+
+
+@click.command()
+@click.argument("study")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@click.option("--parquet", metavar="FILE", help="Write a Parquet file.")
+@options.workspace
+@options.as_json
+def trials(study: str, as_csv: bool, parquet: str | None, workspace: str | None, as_json: bool) -> None:
+    """List the trials of STUDY, also as a file for pandas or a spreadsheet."""
+    if as_csv + as_json + (parquet is not None) > 1:
+        raise RequestError("a table has one form: give one of --csv, --json and --parquet")
+    from search.record import trial_table
+    from search.study import Study
+
+    frame = Study(study, workspace).trials_dataframe()
+    if parquet is not None:
+        trial_table.write_parquet(frame, Path(parquet))
+        click.echo(f"{len(frame)} trials written to {parquet}")
+    elif as_csv:
+        click.echo(frame.to_csv(index=False), nl=False)
+    elif as_json:
+        print_json(json.loads(frame.to_json(orient="records", date_format="iso")))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        if not console.is_terminal:
+            console.width = 10_000  # nobody's screen: cut nothing
+        console.print(trial_table.shown(frame))
+
+
+@click.command()
+@click.argument("study")
+@click.argument("trial", type=int)
+@options.workspace
+@options.as_json
+def show(study: str, trial: int, workspace: str | None, as_json: bool) -> None:
+    """Show one trial, and all that it printed."""
+    from search.shown.report import trial_lines
+    from search.study import Study
+
+    found = Study(study, workspace).show(trial)
+    told(found, trial_lines, as_json)
+
+
+@click.command()
+@click.argument("study")
+@click.option("--now", is_flag=True, help="At once; trials that run begin anew on resume.")
+@options.workspace
+@options.as_json
+def stop(study: str, now: bool, workspace: str | None, as_json: bool) -> None:
+    """Ask a running STUDY to stop, its trials ended first.
+
+    It can be resumed. Ctrl-C where it runs does the same, and a second Ctrl-C the same as --now.
+    """
+    from search.loop.stopping import stop as run
+
+    found = run(study, now=now, workspace=workspace)
+    if as_json:
+        return print_json(found)
+    when = "at once" if now else "when the trials that run have ended"
+    click.echo(f"asked {found['driver']} to stop study {found['study']} {when}; `heldout resume {study}` goes on")
+
+
+@click.command()
+@click.argument("study")
+@options.workspace
+@options.as_json
+def repair(study: str, workspace: str | None, as_json: bool) -> None:
+    """Bring back what a damaged STUDY still has.
+
+    Its journal is made whole again from all that can be read; damaged files are kept beside it.
+    """
+    from search.record.repairing import lines
+    from search.record.repairing import repair as run
+
+    found = run(study, workspace=workspace)
+    told(found, lines, as_json)
+
+
+@click.command()
+@click.argument("study")
+@click.argument("trial", type=int)
+@options.workspace
+@options.as_json
+def reproduce(study: str, trial: int, workspace: str | None, as_json: bool) -> None:
+    """Train one trial again, and compare.
+
+    Nothing is recorded. Exits with 1 if the result is another one.
+    """
+    from search.reproduction import lines
+    from search.reproduction import reproduce as run
+    from search.study import Study
+
+    with watching(None, as_json) as watcher:
+        found = run(Study(study, workspace), trial, watcher=watcher)
+    told(found, lines, as_json)
+    click.get_current_context().exit(0 if found["reproduced"] else 1)
+
+
+@click.command()
+@options.as_json
+def ledger(as_json: bool) -> None:
+    """Show what held-out rows have been used for.
+
+    Of all studies in all workspaces: every opening of test rows, and how many trials guard rows have judged.
+    """
+    from search.guard.ledger import Ledger, lines
+
+    found = Ledger().summary()
+    told(found, lines, as_json)
+
+
+@click.command()
+@click.argument("study")
+@click.option("--keep-runs", is_flag=True, help="Leave its runs in MLflow.")
+@options.yes
+@options.workspace
+@options.as_json
+def delete(study: str, keep_runs: bool, yes: bool, workspace: str | None, as_json: bool) -> None:
+    """Delete STUDY with its models, rows and MLflow runs.
+
+    The ledger keeps its openings. Rows that other studies use stay, and so do registered models.
+    """
+    from search.record import lifecycle
+
+    lifecycle.see(study, workspace)  # before it is asked about
+    runs = "" if keep_runs else ", its runs in MLflow included"
+    options.sure(yes, f"delete study {study} for good{runs}?")
+    found = lifecycle.delete(study, workspace=workspace, keep_runs=keep_runs)
+    told(found, lifecycle.lines, as_json)
+
+
+@click.command("gc")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@options.yes
+@options.workspace
+@options.as_json
+def collect(dry_run: bool, yes: bool, workspace: str | None, as_json: bool) -> None:
+    """Remove what nothing in the workspace needs.
+
+    Half-deleted studies, rows without a study, temporary files, models that cannot win. Never the ledger.
+    """
+    from search.record import garbage
+
+    found = garbage.gc(workspace, dry_run=True)
+    if not dry_run and found["removed"]:
+        if not (yes or as_json):
+            told(found, lambda waste: garbage.lines(waste, True), False)
+        options.sure(yes, "remove all that?")
+        found = garbage.gc(workspace)
+    told(found, lambda waste: garbage.lines(waste, dry_run), as_json)
+
+
+COMMANDS = (status, report, trials, show, stop, repair, reproduce, ledger, delete, collect)

@@ -1,0 +1,355 @@
+"""The report: a study in one JSON object, and the same in plain words."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from search.definition.domain import Domain
+from search.errors import StudyError
+from search.guard import belief, verdicts
+from search.guard.ledger import times
+from search.loop import ends, keeping
+from search.loop.enqueueing import begun, unbegun
+from search.loop.enqueueing import source as enqueued_from
+from search.record import places
+from search.scorer import metrics, scoring
+from search.scorer.scoring import disagreement_line
+from search.study import Study, StudyConfig, config_of
+from search.tracker import publishing
+from search.trial import Trial, TrialState, best, searched
+
+PICTURE = "guard.png"
+_WIDTH = 110
+
+
+def report(study: Study) -> dict[str, Any]:
+    """A study in one JSON object; its keys are listed in README, "The report"."""
+    with study.journal() as journal:
+        trials = journal.history()
+        meta = journal.get("study") or {}
+        selection = journal.get("selection") or {}
+        evaluation = journal.get("evaluation") or {}
+        preflight = journal.get("preflight")
+        ended, plan = journal.get("ended"), config_of(journal) if meta else None
+    count = {state: sum(t.state is state for t in searched(trials)) for state in TrialState}
+    failures = Counter(trial.reason for trial in trials if trial.state is TrialState.FAILED)
+    retries: Counter[str] = sum((Counter(trial.retries) for trial in trials), Counter())
+    tracking = publishing.read(study.folder)
+    picture = study.folder / PICTURE
+    found = {
+        "study": study.name,
+        "state": study.state,
+        "ended": ended,
+        "because": _because(plan, ended, len(searched(begun(trials)))),
+        "objective": meta.get("objective"),
+        "direction": meta.get("direction"),
+        "proportion": _is_proportion(str(meta.get("objective")), preflight),
+        "sampler": meta.get("config", {}).get("sampler"),
+        "warm_start": meta.get("warm_start") or [],
+        "trials": {
+            "complete": count[TrialState.COMPLETE],
+            "pruned": count[TrialState.PRUNED],
+            "failed": count[TrialState.FAILED],
+        },
+        "failures": dict(failures),
+        "retries": dict(retries),
+        "best": _described(best(trials)),
+        "winner": _chosen(trials, selection.get("winner")),
+        "baseline": _chosen(trials, selection.get("baseline"))
+        or _described(next((t for t in trials if t.number == 0 and t.state is TrialState.COMPLETE), None)),
+        "corrected": selection.get("corrected"),
+        "noise_floor": selection.get("noise_floor"),
+        "gains": selection.get("gains"),
+        "confirmation": selection.get("confirmation"),
+        "test": _test(evaluation),
+        "sealed": None if evaluation.get("opened") else evaluation.get("why"),
+        "verdicts": evaluation.get("verdicts", []),
+        "final": evaluation.get("final"),
+        "picture": str(picture) if picture.exists() else None,
+        "data": meta.get("data"),
+        "tracking": {key: tracking.get(key) for key in ("uri", "experiment_id", "run_id")},
+        "seconds": ends.busy(trials),
+    }
+    return found | {"believe": belief.paragraph(found)}
+
+
+def _because(plan: StudyConfig | None, ended: str | None, trials: int) -> str | None:
+    """Why the search has ended before all its trials, in words."""
+    return None if plan is None else plan.ends.because(ended, trials)
+
+
+def _is_proportion(objective: str, preflight: dict[str, Any] | None) -> bool:
+    return preflight is not None and scoring.resolve(objective, preflight["declaration"]).kind in metrics.PROPORTIONS
+
+
+def _described(trial: Trial | None) -> dict[str, Any] | None:
+    return None if trial is None else {"trial": trial.number, "params": dict(trial.params), "validation": trial.score}
+
+
+def _chosen(trials: Sequence[Trial], found: dict[str, Any] | None) -> dict[str, Any] | None:
+    params = {trial.number: dict(trial.params) for trial in trials}
+    return None if found is None else found | {"params": params.get(found["trial"], {})}
+
+
+def _test(evaluation: dict[str, Any]) -> dict[str, Any] | None:
+    if not evaluation.get("opened"):
+        return None
+    tested, baseline = evaluation["winner"], evaluation["baseline"]
+    return {
+        "winner": tested["score"],
+        "baseline": baseline["score"] if baseline else None,
+        "interval": tested["interval"],
+        "baseline_interval": baseline["interval"] if baseline else None,
+        "opening": evaluation["opening"],
+        "alpha": evaluation["alpha"],
+        "level": evaluation["level"],
+        "trial": tested["trial"],
+        "rows": evaluation["rows"],
+        "method": tested["method"],
+        "gain": evaluation["difference"],
+        "beats_baseline": evaluation["beats_baseline"],
+        "gap": evaluation["gap"],
+    }
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The report in plain words, the most important last."""
+    name, objective = found["study"], str(found["objective"]).removeprefix("val_")
+    counts = found["trials"]
+    head = f"study {name}: {counts['complete']} trials complete, {counts['pruned']} pruned, {counts['failed']} failed"
+    out = [f"{head}, in {found['seconds']:.0f} s ({str(found['state']).lower()})"]
+    out += [found["because"]] if found["because"] else []
+    if found["failures"]:
+        out.append("failures: " + _counted(found["failures"]))
+    if found["retries"]:
+        out.append("attempts that failed and were followed by another: " + _counted(found["retries"]))
+    out += [_warm_start(one) for one in found["warm_start"]]
+    if found["best"] is None:
+        return [*out, "no trial has completed yet"]
+    shipped = found["winner"] or found["best"]
+    out.append(f"best validation {objective}: {number(found['best']['validation'])} (trial {found['best']['trial']})")
+    out += _confirmed(found, objective)
+    own = shipped.get("configuration", shipped["trial"])
+    again = "" if own == shipped["trial"] else f", trained again as trial {shipped['trial']}"
+    out.append(f"{'winner' if found['winner'] else 'best'}: the configuration of trial {own}{again}")
+    out += [f"    {key} = {number(value)}" for key, value in shipped["params"].items()]
+    base = found["baseline"]
+    if base is None:
+        out.append("the baseline (trial 0, the space's defaults) has not completed, so there is none to compare with")
+    elif base["trial"]:
+        out.append(f"baseline: the configuration of trial 0 (the space's defaults), again as trial {base['trial']}")
+    out += _table(found, objective)
+    if found["picture"]:
+        out.append(f"picture: {found['picture']}")
+    out += [f"verdict: {name} ({verdicts.MEANING[name]})" for name in found["verdicts"]]
+    return [*out, *textwrap.wrap(found["believe"], _WIDTH)]
+
+
+def _warm_start(one: dict[str, Any]) -> str:
+    head = f"warm start from study {one['study']} ({one['trials']} configurations)"
+    if not one["other_data"]:
+        return f"{head}: the same rows and split"
+    return f"{head}: other rows or another split, so the search carries knowledge of rows that may be test rows here"
+
+
+def _counted(kinds: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in kinds.items())
+
+
+def _confirmed(found: dict[str, Any], objective: str) -> list[str]:
+    confirmation = found["confirmation"]
+    if confirmation is None:
+        return []
+    runs = sum(len(one["trials"]) for one in confirmation["finalists"])
+    out = [
+        f"confirmed by {runs} trainings with fresh seeds ({confirmation['share']:.0%} of all training time); mean "
+        f"{objective} on validation and guard rows, and how often each would win:"
+    ]
+    better = -1 if found["direction"] == "max" else 1
+    finalists = sorted(
+        confirmation["finalists"], key=lambda one: (-(one["wins"] or 0), better * (one["score"] or -better * math.inf))
+    )
+    for one in finalists:
+        wins = "" if one["wins"] is None else f", wins {one['wins']:.0%}"
+        failed = f", {one['failed']} failed" if one["failed"] else ""
+        score = "no score" if one["score"] is None else number(one["score"])
+        name = " (baseline)" if one["configuration"] == 0 else ""
+        out.append(f"    trial {one['configuration']}{name}: {score}{wins}{failed}")
+    rest = 1 - sum(one["wins"] or 0 for one in finalists)
+    if finalists[0]["wins"] is not None and rest >= 0.005:
+        out.append(f"    models of other trials, trained once: win {rest:.0%}")
+    return out
+
+
+def _table(found: dict[str, Any], objective: str) -> list[str]:
+    """Scores of winner and baseline on the rows that they were not trained on."""
+    winner, baseline, corrected, test = found["winner"], found["baseline"], found["corrected"], found["test"]
+    if winner is None:
+        return []
+    tiers = (found["data"] or {}).get("tiers") or {}
+    level = "" if test is None or test["level"] is None else f" ({belief.level(test['level'])} interval)"
+    rows: list[tuple[str, Any, Any, Any, Any]] = [
+        (
+            f"validation, {tiers.get('validation')} rows",
+            winner["validation"],
+            None,
+            (baseline or {}).get("validation"),
+            None,
+        ),
+        (f"guard, {tiers.get('guard')} rows", winner["guard"], None, (baseline or {}).get("guard"), None),
+    ]
+    if corrected is not None and corrected["interval"] is not None:
+        title = f"guard, corrected ({belief.level(corrected['level'])} interval)"
+        rows.append((title, corrected["estimate"], corrected["interval"], None, None))
+    if test is not None:
+        title = f"test, {test['rows']} rows{level}"
+        rows.append((title, test["winner"], test["interval"], test["baseline"], test["baseline_interval"]))
+    out = [f"{objective:38}{'winner':30}baseline"]
+    for title, ours, between, theirs, their_between in rows:
+        shown = [_with_interval(ours, between), "" if theirs is None else _with_interval(theirs, their_between)]
+        out.append(f"{title:38}{shown[0]:30}{shown[1]}".rstrip())
+    if test is None:
+        name = found["study"]
+        out.append(f"test: {found['sealed'] or f'the rows are still sealed; `heldout evaluate {name}` opens them'}")
+    elif test["gain"] is not None:
+        gain = test["gain"]
+        out.append(
+            f"gain over the baseline on test rows: {number(gain['gain'])}, {belief.level(test['level'])} interval "
+            f"{_interval(gain['interval'])} (opening {test['opening']} of these rows)"
+        )
+    return out
+
+
+def _with_interval(value: Any, between: list[float] | None) -> str:
+    return ("unknown" if value is None else number(value)) + ("" if between is None else f" ({_interval(between)})")
+
+
+def check_lines(found: dict[str, Any]) -> list[str]:
+    """What `heldout check` found, in plain words."""
+    data = found["data"]
+    tiers = ", ".join(f"{name} {count}" for name, count in data["tiers"].items())
+    return [
+        f"{found['name']}: {found['objective']} ({found['direction']}), {found['size']} weights in the default model",
+        f"rows: {data['rows']} ({tiers}); labels of guard and test are sealed",
+        *(f"note: {warning}" for warning in data["warnings"]),
+        "parameters:" if found["complete"] else "parameters found within the time limit (more may follow):",
+        *(f"    {key}: {_domain(domain)}" for key, domain in found["space"].items()),
+        f"the model reports: {', '.join(found['reported'])}",
+        *([] if (line := disagreement_line(found)) is None else [f"note: {line}"]),
+        *_opened(found["openings"]),
+        *([] if found["shows"] is None else [verdicts.planned_line(verdicts.Planned(**found["shows"]))]),
+        f"plan: {found['trials']} trials{_again(found['confirmation'])} of up to {found['epochs']} epochs on "
+        f"{found['slots']} slots, {number(found['epoch_seconds'])} s an epoch: about "
+        f"{found['estimate_seconds'] / 60:.1f} minutes",
+    ]
+
+
+def _opened(openings: int) -> list[str]:
+    if not openings:
+        return []
+    told = f"these test rows have been opened {times(openings)} before"
+    return [f"note: {told}: a launch leaves them sealed (--evaluate auto)"]
+
+
+def _again(confirmation: dict[str, int]) -> str:
+    if not confirmation["runs"]:
+        return ""
+    best_ = "the best one" if confirmation["finalists"] == 1 else f"the best {confirmation['finalists']}"
+    return f", then {confirmation['runs']} trainings to confirm {best_} and the baseline,"
+
+
+def _domain(raw: dict[str, Any]) -> str:
+    known = Domain.from_json({key: value for key, value in raw.items() if key != "conditions"})
+    return f"{known}, default {known.default}"
+
+
+def status(study: Study) -> dict[str, Any]:
+    """The report, with ``planned`` trials, the numbers of those ``running``, how many have ``confirmed``, and how many
+    models are ``kept`` and ``deleted``."""
+    with study.journal() as journal:
+        planned = (journal.get("plan") or (journal.get("study") or {}).get("config") or {}).get("trials")
+    with study.journal() as journal:
+        trials = journal.history()
+        kept = len(keeping.kept(trials, keeping.limit(journal)))
+        deleted = len(keeping.kept(trials, None)) - kept
+    queued = unbegun(trials)
+    running = [trial.number for trial in trials if not trial.state.is_finished and trial not in queued]
+    confirmed = sum(trial.confirms is not None and trial.state.is_finished for trial in trials)
+    more = {"planned": planned, "running": running, "confirmed": confirmed, "kept": kept, "deleted": deleted}
+    return report(study) | more
+
+
+def status_line(found: dict[str, Any]) -> str:
+    """How far a study is, in one line."""
+    if found["planned"] is None:
+        return f"{found['study']}: {found['state'].lower()}, nothing recorded yet"
+    best_, failed, done = found["best"], found["trials"]["failed"], sum(found["trials"].values())
+    parts = [f"{found['study']}: {found['state'].lower()}, {done} of {found['planned']} trials"]
+    parts += [f", {found['trials']['pruned']} pruned"] if found["trials"]["pruned"] else []
+    parts += [f", {failed} failed"] if failed else []
+    parts += [f", sampler {found['sampler']}"]
+    parts += [f", warm start from {one['study']}{' (other data)' * one['other_data']}" for one in found["warm_start"]]
+    parts += [f", {found['confirmed']} confirming trainings"] if found["confirmed"] else []
+    parts += [f", {found['kept']} models kept"] if found["deleted"] else []
+    if found["running"] and found["state"] == "RUNNING":
+        plural = "" if len(found["running"]) == 1 else "s"
+        parts.append(f", now at trial{plural} {', '.join(map(str, found['running']))}")
+    parts += [f", {found['because']}"] if found["because"] else []
+    shown = "none yet" if best_ is None else f"{number(best_['validation'])} (trial {best_['trial']})"
+    return "".join(parts) + f"; best {found['objective']} {shown}"
+
+
+def show(study: Study, number: int) -> dict[str, Any]:
+    """One trial with its ``reports`` (epoch by epoch), whether its model is ``kept``, and its ``log`` (what it printed,
+    tracebacks included).
+
+    Raises:
+        StudyError: If the study has no such trial.
+    """
+    trial = {t.number: t for t in study.trials}.get(number)
+    if trial is None:
+        raise StudyError(f"study {study.name!r} has no trial {number}; it has {len(study.trials)}, from 0")
+    with study.journal() as journal:
+        reports = journal.reports(trial=number)
+    log = places.trial(study.folder, number) / places.LOG
+    return trial.to_json() | {
+        "reports": [{"attempt": r.attempt, "step": r.step, "metrics": dict(r.metrics)} for r in reports],
+        "enqueued": enqueued_from(trial),
+        "kept": trial.state is TrialState.COMPLETE and places.weights(study.folder, number).exists(),
+        "log": log.read_text(errors="replace") if log.exists() else "",
+    }
+
+
+def trial_lines(found: dict[str, Any]) -> list[str]:
+    """One trial in plain words: what it was, its epochs, and its output."""
+    score = "" if found["score"] is None else f", validation score {found['score']:.6g}"
+    out = [f"trial {found['number']}: {found['state']}{score}, seed {found['seed']}, attempt {found['attempt']}"]
+    if found["confirms"] is not None:
+        out.append(f"trains the configuration of trial {found['confirms']} again, with a seed of its own")
+    if found["enqueued"]:
+        out.append(f"enqueued: {found['enqueued']}")
+    if found["reason"]:
+        out.append(f"{found['reason']}: {found['message']}")
+    if found["state"] == TrialState.PRUNED:
+        out.append(f"stopped early by the pruner, after {found['epochs']} epochs; the score is Keras' best until then")
+    if found["state"] == TrialState.COMPLETE:
+        out.append("its model is kept" if found["kept"] else "its model was not kept: others scored better (--keep)")
+    out += [f"    {key} = {value}" for key, value in found["params"].items()]
+    for one in found["reports"]:
+        if one["attempt"] == found["attempt"]:
+            metrics = ", ".join(f"{name} {value:.4g}" for name, value in one["metrics"].items())
+            out.append(f"epoch {one['step']}: {metrics}")
+    return [*out, "it printed:", found["log"].rstrip()] if found["log"].strip() else out
+
+
+def _interval(pair: list[float]) -> str:
+    return f"{number(pair[0])} to {number(pair[1])}"
+
+
+def number(value: Any) -> str:
+    """A number for people: four significant digits, integers and words as they are."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""What MLflow is told of a study, and the processes that tell it."""
