@@ -360,6 +360,12 @@ class Study:
 
         return report(self)
 
+    def html(self, out: str | os.PathLike[str]) -> Path:
+        """Write the report as one HTML page with its charts; see README, "The report"."""
+        from search.pages.page import write
+
+        return write(self, out)
+
     def status(self) -> dict[str, Any]:
         """The report, with ``planned`` trials and the numbers of those ``running``."""
         from search.shown.report import status

@@ -269,6 +269,10 @@ def drive(
     finally:
         if journal.get("state") is not None:
             journal.put("state", state)
+            if state != "STOPPED":
+                from search.pages import page
+
+                page.keep(folder, watcher)
             # Who stopped it waits at the terminal; what MLflow lacks then, it gets on resume.
             patience = {"timeout": _STOP_SECONDS} if state == "STOPPED" else {}
             if not tracker.finish(**patience):

@@ -20,8 +20,8 @@ MOST_LINES = 420
 # needs a place here, which is the moment to think about what it may know.
 LAYERS = (
     {"errors"},
-    {"secrecy", "moving"},
-    {"trial", "disk", "channel", "problem", "rows", "metrics", "chain", "journal_copy", "lock"},
+    {"secrecy", "moving", "stylesheet"},
+    {"trial", "disk", "channel", "problem", "rows", "metrics", "chain", "journal_copy", "lock", "svg"},
     {"domain", "traces", "split", "ranks", "intervals", "ledger", "template", "publishing", "watcher", "finalists"},
     {"journal_file", "usage", "retries", "surroundings", "supervision", "pruners", "ends"},
     {"space", "store", "leakage"},
@@ -30,8 +30,8 @@ LAYERS = (
     {"fused", "checkpoints"},
     {"feeding", "few_errors"},
     {"journal", "statistics", "salvage"},
-    {"enqueueing", "trial_table"},
-    {"runs"},
+    {"enqueueing", "trial_table", "importance", "panels"},
+    {"runs", "parameter_panels", "suggestions"},
     {"publisher", "verdicts", "candidates", "places"},
     {"samplers", "executors", "keeping", "tracking", "registry", "training", "selection"},
     {"custom_metric", "preflight", "study", "devices", "slots", "discovery", "recording"},
@@ -40,6 +40,9 @@ LAYERS = (
     {"judge", "worker", "stopping", "repairing", "lifecycle", "removing", "reserving"},
     {"jobs", "belief", "picture", "garbage"},
     {"report"},
+    {"page_record"},
+    {"sections"},
+    {"page"},
     {"final", "winner"},
     {"freezing"},
     {"evaluation"},
@@ -57,6 +60,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # import upwards, but only when called.
 UPWARD_WHEN_CALLED = {
     ("study", "report"),
+    ("study", "page"),
     ("study", "export"),
     ("study", "evaluation"),
 }

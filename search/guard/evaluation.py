@@ -16,6 +16,7 @@ from search.guard import intervals, statistics, verdicts, winner
 from search.guard.freezing import by_text, freeze, predict_file
 from search.guard.ledger import Ledger, times
 from search.loop.watcher import Silent, Watcher
+from search.pages import page
 from search.processes import jobs
 from search.record import places
 from search.record.journal import Journal
@@ -59,6 +60,7 @@ def evaluate(study: Study, *, final: str | None = None, watcher: Watcher | None 
                 # Asking again means the same models again, and so the recorded answer.
                 asked = journal.get("frozen") or journal.get("study")["config"]
                 conclude(study.folder, journal, executor, watcher, opening="yes", final=final or asked["final"])
+            page.keep(study.folder, watcher)
             jobs.publish(study.folder, journal, watcher)
             found: dict[str, Any] = journal.get("evaluation")
         finally:

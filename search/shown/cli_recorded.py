@@ -41,16 +41,22 @@ def status(study: str | None, workspace: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("study", required=False)
+@click.option("--html", metavar="FILE", help="Write one page with charts instead, for any browser.")
 @options.workspace
 @options.as_json
-def report(study: str | None, workspace: str | None, as_json: bool) -> None:
+def report(study: str | None, html: str | None, workspace: str | None, as_json: bool) -> None:
     """Print what STUDY found, and what to believe of it."""
+    if as_json and html is not None:
+        raise RequestError("a report has one form: give one of --html and --json")
     from search.shown.report import lines
     from search.shown.report import report as make
     from search.study import Study
 
-    found = make(Study(study, workspace))
-    told(found, lines, as_json)
+    found = Study(study, workspace)
+    if html is not None:
+        path = found.html(html)
+        return click.echo(f"the report of {found.name} is in {path} ({path.stat().st_size / 1000:.0f} kB)")
+    told(make(found), lines, as_json)
 
 
 @click.command()

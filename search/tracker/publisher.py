@@ -19,7 +19,7 @@ from mlflow.entities import Experiment, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
 from search.record.journal import Journal
-from search.tracker import runs
+from search.tracker import publishing, runs
 from search.tracker.runs import Key, Point, Story
 
 _FLUSH_SECONDS = 30.0
@@ -332,6 +332,10 @@ class Publisher:
         if summary.get("picture"):
             run_id, picture = self._parent.run_id, self._journal.path.parent / Path(summary["picture"]).name
             self._store("picture", lambda: self._client.log_artifact(run_id, str(picture), "report"))
+        page = self._journal.path.parent / publishing.PAGE
+        if state in ("COMPLETE", "FAILED") and page.exists():
+            parent = self._parent.run_id
+            self._store("page", lambda: self._client.log_artifact(parent, str(page), "report"))
         self._client.set_terminated(self._parent.run_id, status, runs.optional_millis(self._journal.put_at("state")))
         self._parent.status = status
 

@@ -33,6 +33,7 @@ from search.secrecy import redacted
 
 STATE_FILE = "tracking.json"
 LOG_FILE = "tracking.log"
+PAGE = "report.html"  # in a study's folder: what its run gets as an artifact when the study has ended
 # Every process of ours that imports MLflow: no calls home, and one thread for libraries it brings along.
 MLFLOW_ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # The tracker retries by itself: a request repeated behind its back could create a run twice.
