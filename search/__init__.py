@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from search.rehearsal import check, try_params
     from search.reproduction import reproduce
     from search.resuming import resume
+    from search.shown.comparison import compare
     from search.study import Study
     from search.study import names as studies
     from search.tiers.data import Dataset
@@ -49,6 +50,7 @@ _HOME = {
     "StudyFailed": "errors",
     "TrackingError": "errors",
     "check": "rehearsal",
+    "compare": "shown.comparison",
     "delete": "record.lifecycle",
     "evaluate": "guard.evaluation",
     "gc": "record.garbage",
@@ -77,6 +79,7 @@ __all__ = [
     "StudyFailed",
     "TrackingError",
     "check",
+    "compare",
     "delete",
     "evaluate",
     "gc",

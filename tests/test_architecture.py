@@ -44,7 +44,7 @@ LAYERS = (
     {"sections"},
     {"page"},
     {"final", "winner"},
-    {"freezing"},
+    {"freezing", "comparison"},
     {"evaluation"},
     {"wiring", "rehearsal", "reproduction"},
     {"resuming"},

@@ -95,21 +95,20 @@ def test_it_is_the_same_each_time() -> None:
     assert importances(trials, space_of(UNITS, RATE)) == importances(trials, space_of(UNITS, RATE))
 
 
+def alike(**params: Any) -> list[Trial]:
+    """Trials with one configuration and twelve scores."""
+    return [Trial(k, TrialState.COMPLETE, params, score=k, loss=k) for k in range(12)]
+
+
 @pytest.mark.parametrize(
     "trials, why",
     [
         ([], "0 trials have a score"),
         (tried(lambda p: p["units"], UNITS, trials=FEWEST - 1), f"{FEWEST - 1} trials have a score"),
         (tried(lambda p: 1.0, UNITS), "all trials have the same score"),
-        (
-            [Trial(k, TrialState.COMPLETE, {"units": 16}, score=k, loss=k) for k in range(12)],
-            "no parameter had several",
-        ),
-        (
-            [Trial(k, TrialState.COMPLETE, {"units": "?"}, score=k, loss=k) for k in range(12)],
-            "no parameter had several",
-        ),
-        ([Trial(k, TrialState.COMPLETE, {}, score=k, loss=k) for k in range(12)], "no parameter had several"),
+        (alike(units=16), "no parameter had several values"),
+        (alike(units="not a number of units"), "no parameter had several values"),
+        (alike(), "no parameter had several values"),
     ],
 )
 def test_where_there_is_nothing_to_learn_it_says_why(trials: list[Trial], why: str) -> None:

@@ -41,15 +41,9 @@ def select(folder: Path, journal: Journal) -> dict[str, Any] | None:
     leader = best(history)
     if leader is None:
         return None
-    guards = {number: found for (number, _), found in sorted(journal.guards().items())}  # the last attempt's
     metric = scoring.resolve(prepared["objective"], leader.extra["declaration"])
     done = [trial for trial in history if trial.state is TrialState.COMPLETE]
-    # What was deleted went by validation scores alone, so this choice is still all that guard rows decide.
-    there = keeping.kept(history, keeping.limit(journal))
-    able = [trial for trial in done if trial.number in guards and trial.number in there]
-    able = [trial for trial in able if _is_whole(folder, trial, guards[trial.number][1])]
-    candidates = [_candidate(folder, trial, metric, *guards[trial.number]) for trial in able]
-    candidates = [candidate for candidate in candidates if np.isfinite(candidate.guard)]
+    candidates = contenders(folder, journal, metric)
     sealed = SealedRows(Path(prepared["sealed"]))
     spread: dict[str, Any] = {"groups": sealed.groups("guard"), "ordered": prepared["manifest"]["ordered"]}
     judge = RowJudge(Path(prepared["rows"]), sealed.path, prepared["objective"], prepared["problem"])
@@ -93,12 +87,25 @@ def select(folder: Path, journal: Journal) -> dict[str, Any] | None:
             "interval": None if found.low is None else [found.low, found.high],
             "level": found.level,
             "method": found.method,
-            "scope": _scope(journal, sealed, prepared["manifest"], len(guards)),
+            "scope": _scope(journal, sealed, prepared["manifest"], len({number for number, _ in journal.guards()})),
         },
         "noise_floor": selection.noise_floor(*asked),
         "gains": {"configuration": _gain(found.configuration_gain), "shipped": _gain(found.shipped_gain)},
         "confirmation": _confirmation(history, choice, found.wins),
     }
+
+
+def contenders(folder: Path, journal: Journal, metric: Metric) -> list[Candidate]:
+    """The models that can be shipped, with what they are judged by."""
+    history = journal.history()
+    guards = {number: found for (number, _), found in sorted(journal.guards().items())}  # the last attempt's
+    # What was deleted went by validation scores alone, so this choice is still all that guard rows decide.
+    there = keeping.kept(history, keeping.limit(journal))
+    done = [trial for trial in history if trial.state is TrialState.COMPLETE]
+    able = [trial for trial in done if trial.number in guards and trial.number in there]
+    able = [trial for trial in able if _is_whole(folder, trial, guards[trial.number][1])]
+    found = [_candidate(folder, trial, metric, *guards[trial.number]) for trial in able]
+    return [candidate for candidate in found if np.isfinite(candidate.guard)]
 
 
 def _is_whole(folder: Path, trial: Trial, evidence: Mapping[str, Any] | None) -> bool:

@@ -60,6 +60,24 @@ def report(study: str | None, html: str | None, workspace: str | None, as_json: 
 
 
 @click.command()
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@options.workspace
+@options.as_json
+def compare(first: str, second: str, workspace: str | None, as_json: bool) -> None:
+    """Show studies A and B side by side.
+
+    With a paired test of what they ship, where the same rows judged both.
+    """
+    from search.shown.comparison import compare as run
+    from search.shown.comparison import lines
+    from search.study import Study
+
+    found = run(Study(first, workspace), Study(second, workspace))
+    told(found, lines, as_json)
+
+
+@click.command()
 @click.argument("study")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @click.option("--parquet", metavar="FILE", help="Write a Parquet file.")
@@ -212,4 +230,4 @@ def collect(dry_run: bool, yes: bool, workspace: str | None, as_json: bool) -> N
     told(found, lambda waste: garbage.lines(waste, dry_run), as_json)
 
 
-COMMANDS = (status, report, trials, show, stop, repair, reproduce, ledger, delete, collect)
+COMMANDS = (status, report, compare, trials, show, stop, repair, reproduce, ledger, delete, collect)
