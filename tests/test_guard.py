@@ -16,6 +16,7 @@ from search.study import Study, StudyConfig
 from search.trial import Trial, searched
 from tests.conftest import Heldout, run_heldout
 from tests.test_end_to_end import Done, launched
+from tests.test_page import checked
 from tests.tiny import write_space
 
 LOAD = """
@@ -128,6 +129,11 @@ def test_mlflow_has_the_confirmations_the_conclusion_and_the_picture(noisy: Done
     picture = Path(client.download_artifacts(parent.info.run_id, "report/guard.png", str(tmp_path)))
     assert picture.read_bytes() == Path(report["picture"]).read_bytes()
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page = Path(client.download_artifacts(parent.info.run_id, "report/report.html", str(tmp_path)))
+    assert page.read_bytes() == (noisy.study.folder / "report.html").read_bytes()
+    read = checked(page.read_text(encoding="utf-8"))
+    assert report["believe"] in read.text and "Search of noisy for accuracy" in read.text
+    assert set(report["verdicts"]) <= set(read.text.split()) and "How slots were used" in read.text
 
 
 def test_the_terminal_shows_the_conclusion_last(noisy: Done, heldout: Heldout) -> None:

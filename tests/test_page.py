@@ -50,7 +50,8 @@ def write(
     """A recorded study with these trials, each with a learning curve."""
     folder = workspace / "studies" / name
     folder.mkdir(parents=True)
-    known = meta(name, data={"digest": "d" * 64, "rows": 260, "tiers": TIERS}, **changes)
+    digest = changes.pop("digest", "d" * 64)
+    known = meta(name, data={"digest": digest, "rows": 260, "tiers": TIERS}, **changes)
     known["space"] = about or known["space"]
     known["config"] = {"space": "tiny", "sampler": "tpe", "trials": max(1, len(trials)), **changes.get("config", {})}
     with Journal.create(folder / "journal.sqlite", {"study": known}) as journal:

@@ -230,7 +230,7 @@ def test_the_workspace_looks_as_the_readme_draws_it(launched: Launched) -> None:
 
 
 _DRAWN = ("journal.sqlite", "trials/0000/log.txt", "trials/0000/model.weights.h5", "guard/0000.npy", "frozen")
-_DRAWN += ("guard.png", "tracking.json")
+_DRAWN += ("guard.png", "report.html", "tracking.json")
 
 
 @pytest.mark.slow

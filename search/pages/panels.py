@@ -198,7 +198,8 @@ def progress(
     last = max(at(t) for t in ended)
     x = svg.Scale(0, max(last, 1e-9), left, svg.WIDTH - 8.0)
     title = "trial" if clock is None else f"{named} since the start"
-    out = [svg.grid(y, x.start, x.end, numbers.tick), svg.lower(x, y.start, title=title)]
+    names = "{:.4g}".format if clock is not None else _whole
+    out = [svg.grid(y, x.start, x.end, numbers.tick), svg.lower(x, y.start, names, title)]
     for trial in thinned(ended):
         said = f"trial {trial.number}: " + (numbers(trial.score) if trial.score is not None else str(trial.reason))
         if trial.score is None:

@@ -80,14 +80,6 @@ def _card(name: str, value: str, interval: Sequence[float] | None, level: float 
     )
 
 
-def _noise(read: Read) -> str:
-    floor = read.found["noise_floor"]
-    if floor is None:
-        return ""
-    apart = f"{100 * floor:.2g} points" if read.numbers.share else f"{floor:.3g}"
-    return f"Two trainings of one configuration differ by about {apart}."
-
-
 def winner(read: Read) -> str:
     """What is shipped beside the space's defaults."""
     found, numbers, role, base = read.found, read.numbers, read.chosen, read.found["baseline"]
@@ -128,8 +120,10 @@ def winner(read: Read) -> str:
     )
     said = "Values that differ are bold." if len(roles) > 1 else _lonely(base)
     table = f"<table><caption>{said}</caption><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>"
-    chart = _figure("Scores with their intervals", panels.scores(found, numbers), _noise(read))
-    return f'<div class="grid"><div class="scroll">{table}</div>{chart}</div>{_confirmation(read)}'
+    is_corrected = found["corrected"] is not None and found["corrected"]["interval"] is not None
+    said = "The winner's score on guard rows is the corrected one." if is_corrected else ""
+    chart = _figure("Scores with their intervals", panels.scores(found, numbers), said)
+    return f'<div class="grid"><div class="scroll">{table}</div>{chart}{_confirmation(read)}</div>'
 
 
 def _named(role: Mapping[str, Any], of: str) -> str:
@@ -156,13 +150,21 @@ def _confirmation(read: Read) -> str:
         rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     said = (
         f"Trained again with fresh seeds, in {confirmation['share']:.0%} of all training time: mean score on "
-        "validation and guard rows together, and how often each would win were other rows drawn."
+        f"validation and guard rows together, and how often each would win were other rows drawn. {_noise(read)}"
     )
     return (
-        f'<h3 style="margin-top:22px">Confirmation</h3><div class="scroll"><table><caption>{said}</caption><thead><tr>'
+        f'<div><h3>Confirmation</h3><div class="scroll"><table><caption>{said}</caption><thead><tr>'
         '<th scope="col">configuration of</th><th scope="col" class="n">mean</th><th scope="col" class="n">trainings'
-        f'</th><th scope="col" class="n">wins</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'</th><th scope="col" class="n">wins</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div></div>'
     )
+
+
+def _noise(read: Read) -> str:
+    floor = read.found["noise_floor"]
+    if floor is None:
+        return ""
+    apart = f"{100 * floor:.2g} points" if read.numbers.share else f"{floor:.3g}"
+    return f"Two trainings of one configuration differ by about {apart}."
 
 
 def search(read: Read) -> str:

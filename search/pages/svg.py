@@ -167,10 +167,16 @@ def lower(x: Scale, y: float, names: Callable[[float], str] = "{:.4g}".format, t
 
 
 def numbers_below(x: Scale, y: float, ticks: Sequence[float], names: Callable[[float], str]) -> list[str]:
-    """Short strokes with numbers below an axis; a number that would touch the one before is left out."""
+    """Short strokes with numbers below an axis; a number that would touch the one before is left out.
+
+    Args:
+        names: How they are written; "" for a number that has no place there.
+    """
     out, until = [], -math.inf
     for tick in ticks:
         said, place = names(tick), x.at(tick)
+        if not said:
+            continue
         half = len(said) * _LETTER / 2
         middle = min(max(place, half), WIDTH - half)
         out.append(line(place, y, place, y + 3, "axis"))
