@@ -335,7 +335,7 @@ def test_the_command_writes_a_file_and_python_the_same(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "b.html", "studies"]
 
 
-@pytest.mark.parametrize("where", ["", "none/a.html"])
+@pytest.mark.parametrize("where", ["", ".", "none/a.html"])
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, where: str) -> None:
     write(tmp_path, some(3))
     done = run("report", "mine", "--html", tmp_path / where, "--workspace", tmp_path)

@@ -24,7 +24,11 @@ def page(study: Study) -> str:
     read = page_record.read(study)
     parts = [
         ("numbers", "Three numbers", sections.three(read)),
-        ("winner", "The winner beside the baseline", sections.winner(read)),
+        (
+            "winner",
+            f"{'The winner' if read.found['winner'] else 'The best so far'} beside the baseline",
+            sections.winner(read),
+        ),
         ("search", "How the search went", sections.search(read)),
         ("parameters", "What mattered", sections.parameters(read)),
         ("next", "What to search next", sections.suggested(read)),
@@ -56,12 +60,12 @@ def write(study: Study, out: str | os.PathLike[str]) -> Path:
         RequestError: If the file cannot be written.
     """
     path = Path(out).expanduser()
-    made = page(study)
+    if path.is_dir():
+        raise RequestError(f"--html must name a file that can be written, but {path} is a folder")
     draft = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        if path.is_dir():
-            raise IsADirectoryError(0, "is a folder")
-        draft.write_text(made, encoding="utf-8")
+        with draft.open("w", encoding="utf-8") as file:  # before what takes seconds
+            file.write(page(study))
         os.replace(draft, path)
     except OSError as error:
         raise RequestError(f"--html must name a file that can be written, but {path}: {error.strerror}") from None

@@ -57,15 +57,22 @@ def thinned(trials: Sequence[Trial], most: int = MOST_DOTS) -> list[Trial]:
     return sorted([*first, *(rest[int(k * step)] for k in range(most - len(first)))], key=lambda t: t.number)
 
 
-def scores_of(trials: Iterable[Trial]) -> list[float]:
-    """Those that decide what an axis shows: of complete trials, unless there are few."""
+def trial_scale(trials: Sequence[Trial], direction: str, start: float, end: float, share: bool) -> svg.Scale:
+    """An axis for the scores of these trials: of those that completed, unless there are few; the baseline is wanted."""
     scored = [t for t in trials if t.score is not None]
     done = [t for t in scored if t.state is TrialState.COMPLETE]
-    return [t.score or 0.0 for t in (done if len(done) > 2 else scored)]
+    values = [t.score or 0.0 for t in (done if len(done) > 2 else scored)]
+    return score_scale(values, direction, start, end, share, [t.score or 0.0 for t in done if t.number == 0])
 
 
-def score_scale(values: Iterable[float], direction: str, start: float, end: float, share: bool) -> svg.Scale:
-    """An axis for scores: where a tenth of them would squeeze the others, it ends before these."""
+def score_scale(
+    values: Iterable[float], direction: str, start: float, end: float, share: bool, wanted: Sequence[float] = ()
+) -> svg.Scale:
+    """An axis for scores: where a tenth of them would squeeze the others, it ends before these.
+
+    Args:
+        wanted: Those that should be on it if there is room.
+    """
     known = sorted(value for value in values if math.isfinite(value))
     if not known:
         return svg.Scale(0.0, 1.0, start, end)
@@ -74,6 +81,9 @@ def score_scale(values: Iterable[float], direction: str, start: float, end: floa
         held = known[len(known) // 10 :] if direction == "max" else known[: len(known) - len(known) // 10]
         if held[-1] / 2 - held[0] / 2 < 0.6 * (high / 2 - low / 2):
             low, high = held[0], held[-1]
+            room = 2 * (high - low)
+            low = min([low, *(value for value in wanted if value >= low - room)])
+            high = max([high, *(value for value in wanted if value <= high + room)])
     if low > 0 and high / low > _LOG_FROM:
         return svg.Scale(low / 1.1, high * 1.1, start, end, log=True)
     wide = max(0.06 * (high - low), ((0.02 if share else abs(high) * 0.02 or 1.0) - (high - low)) / 2)
@@ -101,7 +111,7 @@ def scores(found: Found, numbers: Numbers) -> str:
             out.append(svg.line(x.at(tick), 4, x.at(tick), bottom, "grid"))
             out += svg.numbers_below(x, bottom, [tick], numbers.tick)
     for place, (tier, of, value, interval) in enumerate(rows):
-        y, kind = 16 + 26.0 * place, "win" if of == "winner" else "base"
+        y, kind = 16 + 26.0 * place, "base" if of == "baseline" else "win"
         out.append(svg.text(0, y + 4, f"{tier}, {of}"))
         if interval is not None:
             out.append(svg.line(x.at(interval[0]), y, x.at(interval[1]), y, f"{kind} span"))
@@ -114,20 +124,21 @@ def scores(found: Found, numbers: Numbers) -> str:
 def score_rows(found: Found) -> list[tuple[str, str, float, Sequence[float] | None]]:
     """What is known of winner and baseline: tier, whose, score, interval."""
     winner, baseline, corrected, test = (found[key] for key in ("winner", "baseline", "corrected", "test"))
+    ours = "winner" if winner is not None else "best"
     winner = winner or found["best"]
     if baseline is not None and winner is not None and baseline["trial"] == winner["trial"]:
         baseline = None
     is_corrected = corrected is not None and corrected["interval"] is not None
     rows: list[tuple[str, str, Any, Any]] = []
     for tier in ("validation", "guard"):
-        for of, role in (("winner", winner), ("baseline", baseline)):
+        for of, role in ((ours, winner), ("baseline", baseline)):
             if role is not None:
                 rows.append((tier, of, role.get(tier), role.get(f"{tier}_interval")))
         if tier == "guard" and is_corrected and winner is not None:
-            at = next(k for k, row in enumerate(rows) if row[:2] == ("guard", "winner"))
-            rows[at] = ("guard", "winner", corrected["estimate"], corrected["interval"])
+            at = next(k for k, row in enumerate(rows) if row[:2] == ("guard", ours))
+            rows[at] = ("guard", ours, corrected["estimate"], corrected["interval"])
     if test is not None:
-        rows.append(("test", "winner", test["winner"], test["interval"]))
+        rows.append(("test", ours, test["winner"], test["interval"]))
         if baseline is not None:
             rows.append(("test", "baseline", test["baseline"], test["baseline_interval"]))
     return [row for row in rows if row[2] is not None and math.isfinite(row[2])]
@@ -193,7 +204,7 @@ def progress(
         (lambda t: float(t.number)) if clock is None else (lambda t: clock.at(t.ended or 0.0) / unit)
     )
     height = 220.0
-    y = score_scale(scores_of(scored), found["direction"], height - _BOTTOM, 10, numbers.share)
+    y = trial_scale(scored, found["direction"], height - _BOTTOM, 10, numbers.share)
     left = svg.left_of([numbers.tick(tick) for tick in y.ticks()])
     last = max(at(t) for t in ended)
     x = svg.Scale(0, max(last, 1e-9), left, svg.WIDTH - 8.0)

@@ -9,7 +9,7 @@ from search.definition.domain import Domain
 from search.definition.space import Parameter
 from search.pages import svg
 from search.pages.importance import Importances
-from search.pages.panels import Found, Numbers, kind_of, score_scale, scores_of, thinned
+from search.pages.panels import Found, Numbers, kind_of, thinned, trial_scale
 from search.trial import Trial, TrialState, Value
 
 _MOST_LINES = 200
@@ -125,7 +125,7 @@ def parallel(
     some_lack = any(parameter.key not in trial.params for parameter in parameters for trial in drawn)
     start = _ABSENT + 22 if some_lack else 4.0
     end = svg.WIDTH - 6.0
-    goal = score_scale(scores_of(scored), found["direction"], start, end, numbers.share)
+    goal = trial_scale(scored, found["direction"], start, end, numbers.share)
     ways = [scale_of(parameter.domain, start, end) for parameter in parameters]
     lines, top = [], _top(drawn)
     for trial in sorted(drawn, key=lambda t: (t.number == winner, t.number in top, -(t.loss or 0.0))):
@@ -169,7 +169,7 @@ def slice_of(parameter: Parameter, trials: Sequence[Trial], found: Found, number
     if not scored:
         return ""
     height = 172.0
-    y = score_scale(scores_of(trials), found["direction"], height - 26, 8, numbers.share)
+    y = trial_scale(trials, found["direction"], height - 26, 8, numbers.share)
     left = svg.left_of([numbers.tick(tick) for tick in y.ticks(4)])
     at = scale_of(parameter.domain, left + 8, svg.WIDTH - 10.0)
     out = [svg.grid(y, left, svg.WIDTH - 2.0, numbers.tick), svg.line(left, y.start, svg.WIDTH - 2, y.start, "axis")]

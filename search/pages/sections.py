@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from search.definition.space import Parameter
@@ -62,7 +62,8 @@ def three(read: Read) -> str:
         name = "Guard, corrected" if is_corrected else "Guard"
         cards.append(_card(name, numbers(corrected["estimate"]), corrected["interval"], corrected["level"], why, read))
     if test is None:
-        why = found["sealed"] or "The rows are still sealed; `heldout evaluate` opens them."
+        again = "`heldout evaluate` opens them" if found["state"] == "COMPLETE" else "they stay so until it is complete"
+        why = found["sealed"] or f"The rows are still sealed; {again}."
         cards.append(_card("Test", "sealed", None, None, str(why), read))
     else:
         why = f"On {test['rows']} rows kept sealed until the winner was frozen; opening {test['opening']} of them."
@@ -76,7 +77,7 @@ def _card(name: str, value: str, interval: Sequence[float] | None, level: float 
         between = f"{span(interval, read.numbers)} ({belief.level(level)} interval)"
     return (
         f'<div class="card"><h3>{safe(name)}</h3><div class="value">{safe(value)}</div>'
-        f'<div class="interval">{safe(between)}</div><p class="note">{safe(why)}</p></div>'
+        f'<div class="interval">{safe(between)}</div><p class="note">{_coded(why)}</p></div>'
     )
 
 
@@ -98,6 +99,11 @@ def winner(read: Read) -> str:
     def score(value: Any) -> str | None:
         return None if value is None else numbers(value)
 
+    add("configuration of trial", [one.get("configuration", one["trial"]) for one in roles])
+    add(
+        "trained again as",
+        [one["trial"] if one["trial"] != one.get("configuration", one["trial"]) else None for one in roles],
+    )
     add("validation", [score(one.get("validation")) for one in roles])
     add("guard, as measured", [score(one.get("guard")) for one in roles])
     add("test", [score((test or {}).get(of)) for of in ("winner", "baseline")[: len(roles)]])
@@ -110,7 +116,7 @@ def winner(read: Read) -> str:
         values = [one["params"].get(key) for one in roles]
         shown = [None if value is None else parameter_panels.written(value) for value in values]
         add(key, shown, len(values) > 1 and values[0] != values[1])
-    heads = [_named(one, of) for one, of in zip(roles, ("Winner", "Baseline"), strict=False)]
+    heads = ["Winner" if found["winner"] is not None else "Best so far", "Baseline"][: len(roles)]
     head = "".join(f'<th scope="col" class="n">{safe(title)}</th>' for title in heads)
     body = "".join(
         f'<tr{" class=differs" if differs else ""}><th scope="row">{safe(name)}</th>'
@@ -124,11 +130,6 @@ def winner(read: Read) -> str:
     said = "The winner's score on guard rows is the corrected one." if is_corrected else ""
     chart = _figure("Scores with their intervals", panels.scores(found, numbers), said)
     return f'<div class="grid"><div class="scroll">{table}</div>{chart}{_confirmation(read)}</div>'
-
-
-def _named(role: Mapping[str, Any], of: str) -> str:
-    own = role.get("configuration", role["trial"])
-    return f"{of}, trial {own}" + ("" if own == role["trial"] else f" (trained again as {role['trial']})")
 
 
 def _lonely(base: Any) -> str:
@@ -177,12 +178,14 @@ def search(read: Read) -> str:
     thin = len(searched(read.trials)) > panels.MOST_DOTS
     fewer = f" Drawn are {panels.MOST_DOTS} trials: the best, and evenly some of the others." if thin else ""
     winner = None if read.chosen is None else int(read.chosen["trial"])
+    is_other = read.found["winner"] is not None and read.winner != read.found["best"]["trial"]
+    aside = " The winner was chosen by guard rows as well, and is another one." if is_other else ""
     curves = panels.curves(read.trials, read.reports, read.found, read.numbers, winner)
     figures = [
         _figure(
             "Best so far, over trials",
             by_trial,
-            f"Each mark is a trial's score on validation rows; the line is the best so far.{fewer}",
+            f"Each mark is a trial's score on validation rows; the line is the best so far.{aside}{fewer}",
             marks,
         ),
         _figure("Best so far, over time", by_time, f"The same, when each trial ended.{left_out}"),
