@@ -30,7 +30,7 @@ LAYERS = (
     {"fused", "checkpoints"},
     {"feeding", "few_errors"},
     {"journal", "statistics", "salvage"},
-    {"enqueueing", "trial_table", "importance", "panels"},
+    {"enqueueing", "trial_table", "importance", "panels", "markup"},
     {"runs", "parameter_panels", "suggestions"},
     {"publisher", "verdicts", "candidates", "places"},
     {"samplers", "executors", "keeping", "tracking", "registry", "training", "selection"},

@@ -8,8 +8,9 @@ from typing import Any
 
 from search.definition.space import Parameter
 from search.guard import belief
-from search.pages import panels, parameter_panels, svg
+from search.pages import panels, parameter_panels
 from search.pages.importance import Importances
+from search.pages.markup import MARKS, coded, figure, legend
 from search.pages.page_record import Read, span
 from search.pages.suggestions import suggestions
 from search.pages.svg import cut, safe
@@ -77,7 +78,7 @@ def _card(name: str, value: str, interval: Sequence[float] | None, level: float 
         between = f"{span(interval, read.numbers)} ({belief.level(level)} interval)"
     return (
         f'<div class="card"><h3>{safe(name)}</h3><div class="value">{safe(value)}</div>'
-        f'<div class="interval">{safe(between)}</div><p class="note">{_coded(why)}</p></div>'
+        f'<div class="interval">{safe(between)}</div><p class="note">{coded(why)}</p></div>'
     )
 
 
@@ -128,7 +129,7 @@ def winner(read: Read) -> str:
     table = f"<table><caption>{said}</caption><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>"
     is_corrected = found["corrected"] is not None and found["corrected"]["interval"] is not None
     said = "The winner's score on guard rows is the corrected one." if is_corrected else ""
-    chart = _figure("Scores with their intervals", panels.scores(found, numbers), said)
+    chart = figure("Scores with their intervals", panels.scores(found, numbers), said)
     return f'<div class="grid"><div class="scroll">{table}</div>{chart}{_confirmation(read)}</div>'
 
 
@@ -172,7 +173,7 @@ def search(read: Read) -> str:
     """Best so far against trials and against seconds, and learning curves."""
     asked = (read.trials, read.found, read.numbers, read.winner)
     by_trial, by_time = panels.progress(*asked), panels.progress(*asked, read.clock)
-    marks = _key("win", "base", "ok", "cut", "bad", "far")
+    marks = legend("win", "base", "ok", "cut", "bad", "far")
     pauses = len(read.clock.pauses)
     left_out = f" {pauses} pause{'s' if pauses > 1 else ''} in which nothing ran left out." if pauses else ""
     thin = len(searched(read.trials)) > panels.MOST_DOTS
@@ -182,19 +183,19 @@ def search(read: Read) -> str:
     aside = " The winner was chosen by guard rows as well, and is another one." if is_other else ""
     curves = panels.curves(read.trials, read.reports, read.found, read.numbers, winner)
     figures = [
-        _figure(
+        figure(
             "Best so far, over trials",
             by_trial,
             f"Each mark is a trial's score on validation rows; the line is the best so far.{aside}{fewer}",
             marks,
         ),
-        _figure("Best so far, over time", by_time, f"The same, when each trial ended.{left_out}"),
-        _figure(
+        figure("Best so far, over time", by_time, f"The same, when each trial ended.{left_out}"),
+        figure(
             "Learning curves",
             curves,
             f"{read.found['objective']} as Keras reported it, epoch by epoch; a mark is the epoch whose weights were "
             "kept. Pruned trials end in a ring where they were stopped.",
-            _key("win line", "ok line", "base line", "cut line"),
+            legend("win line", "ok line", "base line", "cut line"),
         ),
     ]
     shown = "".join(figure for figure in figures if figure)
@@ -213,24 +214,29 @@ def parameters(read: Read) -> str:
     asked = (read.found, read.numbers, read.winner)
     lines = parameter_panels.parallel(tried, [known[key] for key in varied[:_MOST_SLICES]], *asked)
     figures = [
-        _figure("Importance", parameter_panels.importance(found), _explained(found)),
-        _figure(
+        figure("Importance", parameter_panels.importance(found), _explained(found)),
+        figure(
             "Parallel coordinates",
             lines,
             "One line per trial with a score, through its values down to its score; axes have the space's own scales.",
-            _key("win line", "base line", "good line", "rest line"),
+            legend("win line", "base line", "good line", "rest line"),
         ),
     ]
     said = "" if found.parameters else f"<p>Importance: nothing shown. {safe(_because(found))}</p>\n"
     alike = [key for key in order if key not in varied]
     constant = f'<p class="note">Not varied: {safe(", ".join(alike))}.</p>' if alike else ""
     slices = "".join(_slice(known[key], tried, read) for key in varied[:_MOST_SLICES])
+    spread = '<p class="note">Trials that share a value lie side by side.</p>'
     left = len(varied) - _MOST_SLICES
     more = f'<p class="note">{left} more parameters are in `heldout trials --csv`.</p>' if left > 0 else ""
     above = "".join(figure for figure in figures if figure)
     return (
         f'{said}<div class="grid">{above}</div>\n{constant}'
-        + (f"<h3 style='margin:28px 0 10px'>Slices: score over each parameter</h3>{_key(*_MARKS)}" if slices else "")
+        + (
+            f"<h3 style='margin:28px 0 10px'>Slices: score over each parameter</h3>{legend(*MARKS)}{spread}"
+            if slices
+            else ""
+        )
         + f'<div class="grid" style="margin-top:14px">{slices}</div>{more}'
     )
 
@@ -261,7 +267,7 @@ def _slice(parameter: Parameter, tried: Sequence[Trial], read: Read) -> str:
     said += [f"{name} is {_any_of(values)}" for name, values in parameter.conditions]
     scale = {"log": "log scale", "reverse_log": "reversed log scale"}.get(parameter.domain.sampling, "")
     note = (": where ".join([said[0], " and ".join(said[1:])]) if len(said) > 1 else "".join(said)).strip()
-    return _figure(parameter.key, chart, ". ".join(part for part in (note, scale.capitalize()) if part))
+    return figure(parameter.key, chart, ". ".join(part for part in (note, scale.capitalize()) if part))
 
 
 def _any_of(values: Sequence[Any]) -> str:
@@ -279,16 +285,8 @@ def suggested(read: Read) -> str:
             "<p>Nothing stands out: the best values lie inside their ranges, and the best trials had stopped improving "
             "before their last epoch.</p>"
         )
-    items = "".join(f"<li><b>{_coded(one.do)}</b> {_coded(one.why)}</li>" for one in found)
+    items = "".join(f"<li><b>{coded(one.do)}</b> {coded(one.why)}</li>" for one in found)
     return f'<ol class="next">{items}</ol>'
-
-
-def _coded(said: str) -> str:
-    """Escaped, with what stands between backticks as code."""
-    pieces = said.split("`")
-    if len(pieces) % 2 == 0:  # somebody's name has one
-        return safe(said)
-    return "".join(f"<code>{safe(piece)}</code>" if k % 2 else safe(piece) for k, piece in enumerate(pieces))
 
 
 def failures(read: Read) -> str:
@@ -305,7 +303,7 @@ def failures(read: Read) -> str:
         numbers = ", ".join(str(t.number) for t in mine[:12]) + (" …" if len(mine) > 12 else "")
         rows.append(
             f'<tr><th scope="row"><code>{safe(reason)}</code></th><td class="n">{count}</td>'
-            f"<td>{_coded(_REASONS.get(str(reason), ''))}</td><td>{safe(numbers)}</td>"
+            f"<td>{coded(_REASONS.get(str(reason), ''))}</td><td>{safe(numbers)}</td>"
             f"<td>{safe(cut(mine[0].message or '', _LONGEST))}</td></tr>"
         )
     heads = "".join(
@@ -327,8 +325,8 @@ def slots(read: Read) -> str:
     count = len({t.slot for t in ran})
     said = f"{count} slot{'s' if count > 1 else ''}, busy {busy:.0%} of the time."
     said += " Dashed: a pause in which nothing ran is left out." if read.clock.pauses else ""
-    key = _key("ok busy", "cut busy", "bad busy", "again busy")
-    return f'<div class="grid">{_figure("Slots over time", chart, said, key)}</div>'
+    colours = legend("ok busy", "cut busy", "bad busy", "again busy")
+    return f'<div class="grid">{figure("Slots over time", chart, said, colours)}</div>'
 
 
 def table(read: Read) -> str:
@@ -376,41 +374,3 @@ def made(read: Read) -> str:
         facts.append(("warm start from", f"{one['study']}{', with other rows' if one['other_data'] else ''}"))
     items = "".join(f"<dt>{safe(name)}</dt><dd>{safe(value)}</dd>" for name, value in facts)
     return f"<dl>{items}</dl>"
-
-
-_MARKS = ("win", "base", "ok", "cut", "bad", "far")
-_SAID = {
-    "win": "winner",
-    "base": "baseline (defaults)",
-    "ok": "complete",
-    "cut": "pruned",
-    "bad": "failed",
-    "far": "beyond the axis",
-    "again": "trained again to confirm",
-    "good": "best tenth",
-    "rest": "others",
-}
-
-
-def _key(*kinds: str) -> str:
-    """What marks, lines and colours mean."""
-    items = []
-    for kind in kinds:
-        name, _, what = kind.partition(" ")
-        if what == "line":
-            style = f"way {name}" if name in ("good", "rest") else f"curve {name}"
-            drawn = svg.path([(0, 6), (26, 6)], style)
-        elif what == "busy":
-            drawn = svg.bar(4, 0, 18, 12, f"{name} busy")
-        else:
-            drawn = svg.mark(name, 13, 6)
-        said = "next best" if kind == "ok line" else _SAID[name]
-        items.append(f'<li><svg viewBox="0 0 26 12" aria-hidden="true">{drawn}</svg>{said}</li>')
-    return f'<ul class="key">{"".join(items)}</ul>'
-
-
-def _figure(title: str, chart: str, caption: str, key: str = "") -> str:
-    """A chart with its title and what it shows; nothing without a chart."""
-    if not chart:
-        return ""
-    return f"<figure><h3>{safe(title)}</h3>\n{chart}\n{key}<figcaption>{safe(caption)}</figcaption></figure>\n"

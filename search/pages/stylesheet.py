@@ -73,6 +73,7 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 caption { text-align: left; color: var(--soft); font-size: .9rem; padding-bottom: 6px; }
 th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--edge); }
 th { font-weight: 600; } thead th { color: var(--soft); } td.n, th.n { text-align: right; }
+td.n { white-space: nowrap; }
 td, th { overflow-wrap: break-word; max-width: 44ch; } tbody th { font-weight: 400; }
 .differs th, .differs td { font-weight: 650; }
 details { margin: 14px 0; } summary { cursor: pointer; color: var(--win); }
