@@ -62,7 +62,7 @@ def write(study: Study, out: str | os.PathLike[str]) -> Path:
     path = Path(out).expanduser()
     if path.is_dir():
         raise RequestError(f"--html must name a file that can be written, but {path} is a folder")
-    draft = path.with_name(f".{path.name}-{os.getpid()}")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.new")  # `heldout gc` knows one that was left behind
     try:
         with draft.open("w", encoding="utf-8") as file:  # before what takes seconds
             file.write(page(study))
