@@ -256,7 +256,12 @@ def test_a_running_trial_and_a_pause_before_a_resume(tmp_path: Path) -> None:
     trials = some(6)
     late = dataclasses.replace(trials[-2], number=6, started=90_000.0, ended=90_010.0)
     running = Trial(7, TrialState.RUNNING, {"units": 20}, started=90_005.0)
-    read = checked(page.page(write(tmp_path, [*trials, late, running], state="RUNNING")))
+    text = page.page(write(tmp_path, [*trials, late, running], state="RUNNING"))
+    read = checked(text)
+    crosses = re.findall(r'class="bad m"[^>]*><title>([^<]*)', text)
+    assert crosses and all(
+        said.startswith(("trial 5: nan", "trial 5, ")) for said in crosses
+    )  # what runs has not failed
     assert "1 pause in which nothing ran left out." in read.text and "in 40 seconds" in read.text
 
 

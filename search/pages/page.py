@@ -12,6 +12,7 @@ from search.errors import RequestError
 from search.guard import verdicts
 from search.loop.watcher import Watcher
 from search.pages import page_record, sections
+from search.pages.markup import coded
 from search.pages.page_record import Read, lasting, span
 from search.pages.stylesheet import STYLE
 from search.pages.svg import safe
@@ -108,7 +109,7 @@ def _verdict(read: Read) -> str:
     shown = f"<ul>{names}</ul>" if names else ""
     return (
         '<section class="verdict" aria-label="Verdict"><h2>What to believe</h2>\n'
-        f'<p class="head">{safe(_headline(read))}</p>\n{shown}\n<p>{safe(found["believe"])}</p></section>'
+        f'<p class="head">{safe(_headline(read))}</p>\n{shown}\n<p>{coded(found["believe"])}</p></section>'
     )
 
 

@@ -120,7 +120,7 @@ def winner(read: Read) -> str:
     heads = ["Winner" if found["winner"] is not None else "Best so far", "Baseline"][: len(roles)]
     head = "".join(f'<th scope="col" class="n">{safe(title)}</th>' for title in heads)
     body = "".join(
-        f'<tr{" class=differs" if differs else ""}><th scope="row">{safe(name)}</th>'
+        f'<tr{" class=differs" if differs else ""}><th scope="row">{safe(cut(name, 60))}</th>'
         + "".join(f'<td class="n">{safe(cut(value, 60))}</td>' for value in values)
         + "</tr>"
         for name, values, differs in rows
@@ -204,7 +204,7 @@ def search(read: Read) -> str:
 
 def parameters(read: Read) -> str:
     """Importance of each hyperparameter, parallel coordinates, and slices."""
-    found, tried = read.importances, searched(read.trials)
+    found, tried = read.importances, [t for t in searched(read.trials) if t.state.is_finished]
     known = read.space.parameters
     order = [one.key for one in found.parameters]
     order += [key for key in known if key not in order and any(key in t.params for t in tried)]

@@ -74,7 +74,8 @@ caption { text-align: left; color: var(--soft); font-size: .9rem; padding-bottom
 th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--edge); }
 th { font-weight: 600; } thead th { color: var(--soft); } td.n, th.n { text-align: right; }
 td.n { white-space: nowrap; }
-td, th { overflow-wrap: break-word; max-width: 44ch; } tbody th { font-weight: 400; }
+td, th { overflow-wrap: break-word; max-width: 44ch; } tbody th { font-weight: 400; overflow-wrap: anywhere; }
+.grid > * { min-width: 0; }
 .differs th, .differs td { font-weight: 650; }
 details { margin: 14px 0; } summary { cursor: pointer; color: var(--win); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; font-size: .92rem; margin: 0; }
