@@ -62,7 +62,7 @@ def augmented(hp, x):
 
 
 def convolved(x, filters, kernel, stride=1, layer=keras.layers.Conv2D, activation="relu"):
-    """A convolution, normalised before its activation."""
+    """A convolution of maps (rows, height, width, channels), normalised before its activation."""
     x = layer(filters, kernel, strides=stride, padding="same", use_bias=False)(x)
     x = keras.layers.BatchNormalization(momentum=MOMENTUM)(x)
     return keras.layers.Activation(activation)(x)

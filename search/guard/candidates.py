@@ -76,7 +76,7 @@ class Pool:
         return found
 
     def first_best(self, scores: Floats) -> Codes:
-        """In each column the first row that no other beats by more than rounding."""
+        """In each column of scores, shape (runs, weightings), the first run that none beats by more than rounding."""
         oriented = self.sign * scores
         best = oriented.max(axis=0)
         first: Codes = (oriented >= best - _ROUNDING * np.abs(best)).argmax(axis=0)
@@ -186,7 +186,7 @@ def _lacks_a_class(kind: str, config: Config, means: Floats, whole: Floats) -> A
 
 
 def parts_of(run: Candidate) -> Array:
-    """Its parts, where the metric has any."""
+    """Its parts, shape (guard rows, columns), where the metric has any."""
     assert run.parts is not None, "only a custom metric has no parts"
     return run.parts
 

@@ -17,7 +17,7 @@ def is_few(score: Score, units: Codes | None) -> bool:
     """Whether fewer than 10 of the rows that a bounded metric rests on are wrong, or right; of a unit it counts one.
 
     Args:
-        units: Number of each row's group or block; None where rows are independent.
+        units: Number of each row's group or block, shape (rows,); None where rows are independent.
     """
     if bounds(score.metric) is None:
         return False

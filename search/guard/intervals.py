@@ -165,19 +165,19 @@ def delong(labels: Array, scores: Array) -> tuple[Floats, Floats]:
 
 
 def auc_error(labels: Array, scores: Array) -> float:
-    """The standard error of one AUC; 0 where its variance is no more than rounding. Arguments as for ``delong``."""
+    """The standard error of one AUC; 0 where its variance is no more than rounding. Both of shape (rows,)."""
     variance = float(delong(labels, scores[None])[1][0, 0])
     return math.sqrt(variance) if variance > 1e-15 else 0.0
 
 
 def auc_interval(labels: Array, scores: Array, level: float) -> Interval:
-    """DeLong's, cut at 0 and 1; a point where the ranking shows no variance. Arguments as for ``delong``."""
+    """DeLong's, cut at 0 and 1; a point where the ranking shows no variance. Arguments as for ``auc_error``."""
     auc, half = float(delong(labels, scores[None])[0][0]), z(level) * auc_error(labels, scores)
     return Interval(max(0.0, auc - half), min(1.0, auc + half), "DeLong", level)
 
 
 def auc_difference(labels: Array, ours: Array, theirs: Array, level: float) -> Difference:
-    """First AUC less the second, of scores of the same rows; a point where they show no variance."""
+    """First AUC less the second, of scores of the same rows, all of shape (rows,); a point where they vary in none."""
     aucs, covariance = delong(labels, np.stack([ours, theirs]))
     gain = float(aucs[0] - aucs[1])
     variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])

@@ -54,7 +54,7 @@ def test_interval(
     bounded metric shows too little spread to be believed.
 
     Args:
-        groups: One value per row; whole groups are resampled then.
+        groups: Shape (rows,), equal within a group; whole groups are resampled then.
         ordered: Rows come in order of time; blocks of neighbours are resampled then.
         seed: Of the bootstrap; the same seed gives the same interval.
     """
@@ -192,7 +192,7 @@ def _is_yes_no(score: Score) -> bool:
 
 
 def units_of(rows: int, groups: Array | None, ordered: bool) -> Codes | None:
-    """What is resampled: number of the group or block of each row, or None for single rows.
+    """What is resampled: number of the group or block of each row, shape (rows,), or None for single rows.
 
     One group shows nothing of how groups vary, so its rows count singly and the method says so.
     """

@@ -51,7 +51,7 @@ class Axis:
         return self._domain.values[int(place)] if self._unordered else self._domain.value(float(place))
 
     def snapped(self, units: Array) -> Array:
-        """The places that [0, 1] is divided among."""
+        """The places that [0, 1] is divided among: one for each unit, in the same shape."""
         if self.levels is None:
             return units
         if self._unordered:
@@ -59,7 +59,7 @@ class Axis:
         return self.levels[np.searchsorted((self.levels[1:] + self.levels[:-1]) / 2, units)]
 
     def others(self, place: float) -> Array:
-        """Places to move to: all if they are few or unordered, else some near and some far."""
+        """Places to move to, shape (moves,): all if they are few or unordered, else some near and some far."""
         if self.levels is not None and (self._unordered or len(self.levels) <= _FEW):
             return np.asarray(self.levels[self.levels != place])
         steps = np.asarray(np.clip(place + _STEPS, 0.0, 1.0))
@@ -73,6 +73,12 @@ class Axis:
         """Columns in which equally different values are equally far apart.
 
         Unordered values are one-hot and at distance 1. An inactive one lies beside the middle of the active ones.
+
+        Args:
+            places: Shape (rows,); NaN where the parameter is inactive.
+
+        Returns:
+            Shape (rows, width).
         """
         if self._unordered:
             return np.asarray((places[:, None] == self.levels) / math.sqrt(2))
@@ -86,7 +92,7 @@ class Axis:
 
 
 class Chart:
-    """Rows of places, one column an axis.
+    """Rows of places, shape (rows, axes).
 
     A full row has a place on every axis; ``masked`` makes it NaN where the configuration has no such parameter.
 
@@ -106,12 +112,12 @@ class Chart:
         self._masks: dict[tuple[object, ...], Mask] = {}
 
     def rows(self, configurations: Sequence[Params]) -> Array:
-        """Masked rows of what was tried: NaN also for a value that the space has outgrown."""
+        """Masked rows of what was tried, a row each: NaN also for a value that the space has outgrown."""
         placed = [[axis.place(params.get(axis.key)) for axis in self.axes] for params in configurations]
         return np.array(placed, dtype=float).reshape(len(configurations), len(self.axes))
 
     def params(self, row: Array) -> dict[str, Value]:
-        """The configuration of a full row, without what is inactive."""
+        """The configuration of one full row, shape (axes,), without what is inactive."""
 
         def choose(parameter: Parameter) -> Value:
             column = self._columns.get(parameter.key)
@@ -138,7 +144,7 @@ class Chart:
         return [v if bound is None or isinstance(v, str | bool) else v <= bound for v in values]
 
     def features(self, placed: Array) -> Array:
-        """Of masked rows, for the kernel."""
+        """Of masked rows, for the kernel; shape (rows, features)."""
         return np.concatenate([axis.features(placed[:, n]) for n, axis in enumerate(self.axes)], axis=1)
 
     def spread(self, count: int, seed: int) -> Array:
@@ -147,7 +153,7 @@ class Chart:
         return np.stack([axis.snapped(units[:, n]) for n, axis in enumerate(self.axes)], axis=1)
 
     def moves(self, row: Array) -> Array:
-        """Full rows that differ from this one along one active axis."""
+        """Full rows that differ from this one, shape (axes,), along one active axis; itself comes first."""
         active = ~np.isnan(self.masked(row[None])[0])
         out = [row[None]]
         for column in np.flatnonzero(active):

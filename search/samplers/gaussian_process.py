@@ -98,7 +98,7 @@ class Likelihood:
 
 
 def fit(points: Array, groups: Groups, targets: Array, variances: Array) -> Scales:
-    """The scales of highest posterior density."""
+    """The scales of highest posterior density; arguments as for ``Likelihood``."""
     density = Likelihood(points, groups, targets, variances)
     found = optimize.minimize(
         density,
@@ -132,18 +132,18 @@ class Posterior:
         return self._amplitude * value, self._amplitude * slope
 
     def mean(self, points: Array) -> Array:
-        """Of the function, without noise."""
+        """Of the function at points, shape (points, features), without noise; shape (points,)."""
         return np.asarray(self._covariance(points * self._stretch)[0] @ self._solved)
 
     def predict(self, points: Array) -> tuple[Array, Array]:
-        """Mean and standard deviation of the function, without noise."""
+        """Mean and standard deviation of the function, without noise; shapes as for ``mean``."""
         cross = self._covariance(points * self._stretch)[0]
         half = linalg.solve_triangular(self._factor, cross.T, lower=True, check_finite=False)
         variance = self._amplitude - np.einsum("ij,ij->j", half, half)
         return cross @ self._solved, np.sqrt(np.maximum(variance, 1e-12 * self._amplitude))
 
     def slopes(self, points: Array) -> tuple[Array, Array, Array, Array]:
-        """Mean, standard deviation, and the gradient of each by the features, a row a point."""
+        """Mean, standard deviation, and the gradient of each by the features, shape (points, features)."""
         stretched = points * self._stretch
         cross, slope = self._covariance(stretched)
         solved = linalg.cho_solve((self._factor, True), cross.T, check_finite=False).T
@@ -162,6 +162,12 @@ def log_improvement(mean: Array, deviation: Array, best: float) -> Array:
     """Logarithm of the expected improvement below ``best``; exact far into the tail, where it would be 0 itself.
 
     After Ament et al. (NeurIPS 2023), by the scaled complementary error function.
+
+    Args:
+        mean: Of the function, in the units of ``best``, shape (points,); deviation: the same, and above 0.
+
+    Returns:
+        Shape (points,).
     """
     return np.asarray(np.log(deviation) + _log_gain((best - mean) / deviation))
 
@@ -179,7 +185,7 @@ def _log_gain(z: Array) -> Array:
 
 
 def improvement_slopes(mean: Array, deviation: Array, best: float) -> tuple[Array, Array, Array]:
-    """``log_improvement``, and its derivatives by mean and by deviation."""
+    """``log_improvement``, and its derivatives by mean and by deviation, each of shape (points,)."""
     z = (best - mean) / deviation
     gain = _log_gain(z)
     below = np.exp(special.log_ndtr(z) - gain)

@@ -280,6 +280,11 @@ class _Density:
 
 
 def axis_of(parameter: Parameter, seen: Seen, trials: Sequence[int], narrow: float) -> _Axis:
+    """The kernels over one parameter, one around the value of each of ``trials``, which all have the parameter.
+
+    Args:
+        narrow: Times as wide as Hyperopt would make them.
+    """
     places = seen.places[parameter.key]
     centres = np.array([places[trial] for trial in trials])
     domain, count = parameter.domain, parameter.domain.count

@@ -94,7 +94,7 @@ def combine(kind: str, config: Config, means: Array) -> Any:
 
 
 def rank_value(kind: str, config: Config, rows: Array) -> float:
-    """AUC or average precision of rows of parts.
+    """AUC or average precision of rows of parts, shape (rows, 2 x outputs): labels, then scores.
 
     Raises:
         TrialFailed: ``invalid`` if only one class is among the rows.

@@ -160,7 +160,7 @@ def near_duplicates(rows: Rows, tiers: Tiers, x_hashes: Hashes) -> tuple[Array, 
     Equal rows do not count: they are one unit of the split, or refused, or told of elsewhere.
 
     Returns:
-        Positions of the rows in order, and for each the position of such a row in another tier.
+        Positions of the rows in order, and for each the position of such a row in another tier; both of shape (found,).
     """
     position = np.sort(np.unique(x_hashes, return_index=True)[1])
     nothing = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
@@ -244,7 +244,7 @@ def scaled_columns(rows: Rows, train: NDArray[np.bool_]) -> tuple[int, int]:
     0 (or -1) to 1, each end reached by one or two rows, and in half of these columns one end by none of train.
 
     Args:
-        train: Which rows are in train.
+        train: Which rows are in train, shape (rows,).
 
     Returns:
         The columns found, 0 unless they are two at least and half of those looked at; and the columns looked at,
