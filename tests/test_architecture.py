@@ -27,7 +27,7 @@ LAYERS = (
     {"space", "store", "leakage"},
     {"data", "failing", "rungs"},
     {"history", "tracing", "declaration", "scoring"},
-    {"fused", "checkpoints"},
+    {"fused", "checkpoints", "best_epoch", "own_fit"},
     {"feeding", "few_errors"},
     {"journal", "statistics", "salvage"},
     {"enqueueing", "trial_table", "importance", "panels", "markup"},
@@ -79,7 +79,10 @@ BY_NAME = {"samplers/gp.py", "samplers/gaussian_process.py", "samplers/chart.py"
 
 # Slow to import, so loaded by these files alone at the top; elsewhere inside the function that needs it.
 SLOW = {
-    "keras": {"training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric", "checkpoints"},
+    "keras": {
+        *("training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric", "checkpoints"),
+        *("best_epoch", "own_fit"),
+    },
     "keras_tuner": {"tracing"},
     "mlflow": {"tracking", "publisher", "removing"},
     "scipy": {"statistics", "intervals", "samplers"},

@@ -247,6 +247,50 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     assert "COMPLETE" in ran.stdout and (tmp_path / "digits-py-model" / "model.keras").exists()
 
 
+DIGITS = """
+objective = "val_accuracy"
+
+
+def load():
+    from sklearn.datasets import load_digits
+
+    from search import Dataset
+
+    bunch = load_digits()
+    return Dataset(bunch.data.astype("float32"), bunch.target)
+"""
+IMAGES = """
+objective = "val_accuracy"
+
+
+def load():
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    from search import Dataset
+
+    bunch = load_digits()
+    at = np.concatenate([np.flatnonzero(bunch.target == digit)[:24] for digit in range(10)])
+    x = np.kron(bunch.images[at], np.ones((1, 4, 4)))[..., None].repeat(3, axis=-1)
+    return Dataset(x.astype("float32") / 16, np.eye(10, dtype="float32")[bunch.target[at]])
+"""
+MOVES = FENCED.findall(TEXT.split("\n### Moving over\n", 1)[1].split("\n## ", 1)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("code", [code for _, code in MOVES], ids=["kerastuner", "applications", "hyperopt", "optuna"])
+def test_what_was_written_for_another_library_runs(code: str, tmp_path: Path) -> None:
+    """Each example of "Moving over" with rows beside it, through the command line."""
+    module = tmp_path / "moved.py"
+    module.write_text(code + (IMAGES if "(32, 32, 3)" in code else DIGITS), encoding="utf-8")
+    options = ["--trials", "2", "--epochs", "1", "--confirm", "0", "--json", "--workspace", str(tmp_path / "ws")]
+    ran = run_heldout("launch", str(module), *options, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout)
+    assert report["trials"]["complete"] == 2 and 0 <= report["test"]["winner"] <= 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_first_command_runs_on_a_machine_with_nothing_but_python(tmp_path: Path) -> None:

@@ -216,6 +216,10 @@ class SpaceModule:
             raise SpaceError(f"{where}: a space module must define load(); add `def load(): return Dataset(x, y)`")
         if self._get("build") is None and self._hypermodel is None:
             raise SpaceError(f"{where}: a space module must define build(hp) (or `hypermodel = ...`)")
+        if self._get("build") is None and not _is_hypermodel(self._hypermodel):
+            is_function = isinstance(self._hypermodel, types.FunctionType)
+            got = "a function; call it build" if is_function else repr(self._hypermodel)
+            raise SpaceError(f"{where}: hypermodel must be an instance of a keras_tuner.HyperModel, but is {got}")
 
     @property
     def objective(self) -> Any:
@@ -292,6 +296,11 @@ class SpaceModule:
     def blaming(self, what: str) -> _Blaming:
         """A context that turns any exception into a SpaceError naming the module's line."""
         return _Blaming(self, what)
+
+
+def _is_hypermodel(given: Any) -> bool:
+    """Whether it has KerasTuner's way to build; its class is not asked for, which would need a slow import."""
+    return not isinstance(given, type) and callable(getattr(given, "build", None))
 
 
 class _Blaming:

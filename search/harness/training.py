@@ -15,7 +15,8 @@ import numpy as np
 from search.definition.problem import DEFAULT_EPOCHS, SpaceModule, first_line
 from search.definition.tracing import TracingHyperParameters
 from search.errors import SpaceError, TrialFailed
-from search.harness import fused
+from search.harness import fused, own_fit
+from search.harness.best_epoch import BestEpoch
 from search.harness.checkpoints import Checkpoints
 from search.harness.feeding import Weighted, batches, joined, targets
 from search.scorer.declaration import ends
@@ -27,6 +28,7 @@ _MOST_STEPS_AT_ONCE = 1000
 _EAGER_BATCHES = 4
 _PREDICT_STEP = keras.Model.predict_step
 _CHOOSE_AN_EPOCH = (keras.callbacks.EarlyStopping, keras.callbacks.ModelCheckpoint)
+_NEVER = 2**31  # a patience that no training uses up
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,8 @@ def fit(
     batch = int(hp.values.get("batch_size", DEFAULT_BATCH))
     own = module.fit
     reporter = Reporter(send, most)
-    stopping = keras.callbacks.EarlyStopping(
-        monitor=objective,
-        mode=direction,
-        patience=max(10, most // 5) if own is None else most + 1,
-        restore_best_weights=True,
-    )
+    patience = max(10, most // 5) if own is None else _NEVER
+    stopping = BestEpoch(lambda: len(reporter.epochs), monitor=objective, mode=direction, patience=patience)
     callbacks = [reporter, stopping, *module.callbacks(hp)]
     if keep_last:
         callbacks = [callback for callback in callbacks if not isinstance(callback, _CHOOSE_AN_EPOCH)]
@@ -155,7 +153,9 @@ def fit(
         rows = Weighted(rows.path, wanted, module.problem.path)
     keras.utils.set_random_seed(seed)
     if own is not None:
-        _fit_by_module(own, hp, model, rows, preprocess, budget, batch, most, callbacks, seed, first)
+        _fit_by_module(own, hp, model, rows, preprocess, budget, batch, most, callbacks, seed, first, epochs, reporter)
+        if not keep_last:
+            stopping.restore()
     elif fused.usable(model, callbacks) and rows.nbytes("train") + rows.nbytes("validation") <= budget:
         train = (joined(rows, "train", preprocess), *targets(rows, "train"))
         held = (joined(rows, "validation", preprocess), *targets(rows, "validation"))
@@ -164,9 +164,9 @@ def fit(
     else:
         _fit_by_batches(model, rows, preprocess, budget, batch, most, callbacks, seed, first)
     chosen = not keep_last and reporter.epochs and objective in reporter.epochs[-1]
-    at = stopping.best_epoch if chosen else None
-    reported = reporter.epochs[at if at is not None else -1] if reporter.epochs else {}
-    return Fitted(len(reporter.epochs), None if at is None else at + 1, reported)
+    at = stopping.at if chosen else None
+    reported = reporter.epochs[at - 1 if at is not None else -1] if reporter.epochs else {}
+    return Fitted(len(reporter.epochs), at, reported)
 
 
 def _identity(module: SpaceModule, hp: TracingHyperParameters, seed: int, epochs: int) -> list[Any]:
@@ -218,6 +218,8 @@ def _fit_by_module(
     callbacks: list[Any],
     seed: int,
     first: Callable[[], int],
+    limit: int | None,
+    reporter: Reporter,
 ) -> None:
     """Call the module's own fit the way KerasTuner does: ``fit(hp, model, x, y, validation_data=…, …)``."""
     if rows.nbytes("train") + rows.nbytes("validation") <= budget:
@@ -229,8 +231,9 @@ def _fit_by_module(
         data = (train,)
         validation = batches(rows, "validation", preprocess, batch=_large(rows), budget=budget)
     weights = rows.weights()
-    extra = {"sample_weight": weights} if weights is not None and len(data) == 2 else {}
-    own(hp, model, *data, validation_data=validation, epochs=epochs, callbacks=callbacks, verbose=0, **extra)
+    given: dict[str, Any] = {"sample_weight": weights} if weights is not None and len(data) == 2 else {}
+    given |= {"validation_data": validation, "epochs": epochs, "callbacks": callbacks, "verbose": 0}
+    own_fit.call(own, hp, model, data, given, limit, lambda: len(reporter.epochs))
 
 
 def _run_whole_epochs(model: keras.Model, steps: int, callbacks: Sequence[Any]) -> None:
