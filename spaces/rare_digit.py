@@ -1,4 +1,6 @@
-"""Is it an 8? One class in ten, and how to train for it: optimisers, schedules, class weights, label smoothing.
+"""Is it an 8? One class in ten, and how to train for it.
+
+Optimisers and what only they have, learning-rate schedules, epochs, batch size, class weights, label smoothing.
 
     heldout launch spaces/rare_digit.py --trials 60
 """
@@ -10,7 +12,6 @@ import keras
 from search import Dataset
 
 objective = "val_auc"  # the share of pairs, an 8 and another digit, that the model puts in the right order
-epochs = 30  # a hyperparameter of this name would be searched
 
 
 def load() -> Dataset:
@@ -28,7 +29,9 @@ def build(hp) -> keras.Model:
     model.add(keras.layers.Dropout(hp.Float("dropout", 0.0, 0.5, step=0.1, default=0.0)))
     model.add(keras.layers.Dense(1, activation="sigmoid"))
 
-    hp.Choice("batch_size", [16, 32, 64, 128], default=64)  # reaches the training loop by its name
+    # These two reach the training loop by their names.
+    hp.Choice("batch_size", [16, 32, 64, 128], default=64)
+    hp.Int("epochs", 10, 60, step=10, default=30)  # a schedule ends with them, so more are not always better
     smoothing = hp.Float("label_smoothing", 0.0, 0.1, step=0.02, default=0.0)
     loss = keras.losses.BinaryCrossentropy(label_smoothing=smoothing)
     model.compile(optimizer(hp), loss, metrics=[keras.metrics.AUC(name="auc")])
@@ -55,19 +58,17 @@ def callbacks(hp) -> list[keras.callbacks.Callback]:
         return []
     if schedule == "plateau":
         return [keras.callbacks.ReduceLROnPlateau(monitor="val_loss", factor=0.5, patience=3)]
-    decay = 1.0 if schedule == "cosine" else hp.Float("decay", 0.8, 0.99, sampling="reverse_log", default=0.95)
-
-    def rate(epoch: int, last: float) -> float:
-        if epoch == 0:
-            return last
-        return last * decay if schedule == "exponential" else last * cosine(epoch) / cosine(epoch - 1)
-
-    return [keras.callbacks.LearningRateScheduler(rate)]
+    if schedule == "exponential":
+        decay = hp.Float("decay", 0.8, 0.99, sampling="reverse_log", default=0.95)
+        return [keras.callbacks.LearningRateScheduler(lambda epoch, last: last * decay if epoch else last)]
+    epochs = hp.get("epochs")
+    return [keras.callbacks.LearningRateScheduler(lambda epoch, last: last * cosine(epoch, epochs) if epoch else last)]
 
 
-def cosine(epoch: int) -> float:
-    """Falls from 2 to nearly 0."""
-    return 1.001 + math.cos(math.pi * min(epoch, epochs) / epochs)
+def cosine(epoch: int, epochs: int) -> float:
+    """What is left of the learning rate of the epoch before; in all it falls to nearly nothing, slowly at both ends."""
+    height = [1.001 + math.cos(math.pi * min(at, epochs) / epochs) for at in (epoch - 1, epoch)]
+    return height[1] / height[0]
 
 
 def class_weight(hp) -> dict[int, float]:
