@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from search.definition.assets import cache_folder
     from search.definition.moving import OptunaTrial
     from search.errors import (
         DamagedError,
@@ -49,6 +50,7 @@ _HOME = {
     "StudyError": "errors",
     "StudyFailed": "errors",
     "TrackingError": "errors",
+    "cache_folder": "definition.assets",
     "check": "rehearsal",
     "compare": "shown.comparison",
     "delete": "record.lifecycle",
@@ -78,6 +80,7 @@ __all__ = [
     "StudyError",
     "StudyFailed",
     "TrackingError",
+    "cache_folder",
     "check",
     "compare",
     "delete",

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from search.definition import assets
 from search.definition.problem import Problem
 from search.errors import RequestError, StudyError
 from search.executors import Executor, Job
@@ -231,6 +232,7 @@ def _written(
         jobs.call(executor, Job("saved-model", "saved_model", asked), watcher, executor.slots[0])
     for left in out.glob("*.log"):
         left.unlink()
+    shipped = assets.ship(prepared.get("assets"), study.folder, out)
     final = model.get("final")
     trained = {"final": final, "epochs": model["epochs"], "rows": model["rows"]} if final else None
     lineage = {
@@ -245,6 +247,8 @@ def _written(
         "data": meta["data"],
         "versions": meta["versions"],
         "custom_objects": model["custom"],
+        "assets": shipped,
+        "decoded": "files" in prepared["manifest"]["x"],
         "objective": meta["objective"],
         **_scores(journal, executor, watcher, prepared, model, _corrected(journal, trial)),
         "exported": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -309,6 +313,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def card(lineage: Mapping[str, Any]) -> str:
     """A short model card in Markdown."""
     custom = lineage["custom_objects"]
+    # Decoding is no part of the model.
+    takes = "what decode(path) of space.py returns, in batches" if lineage.get("decoded") else "raw features"
     first = "import space  # registers " + ", ".join(c["class"] for c in custom) + "\n" if custom else ""
     return "\n".join(
         [
@@ -321,9 +327,10 @@ def card(lineage: Mapping[str, Any]) -> str:
             "```python",
             f"import keras\n{first}",
             'model = keras.models.load_model("model.keras")',
-            f"predictions = model.predict(x, batch_size={lineage['batch_size']})  # x: raw features, "
+            f"predictions = model.predict(x, batch_size={lineage['batch_size']})  # x: {takes}, "
             "preprocessing is inside",
             "```",
+            *assets.lines(lineage.get("assets") or ()),
             "",
             "## What it is",
             "",

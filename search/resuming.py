@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from search.definition import assets
 from search.definition.problem import Problem, find
 from search.definition.space import Space
 from search.errors import DataError, RequestError, StudyError
@@ -73,6 +74,7 @@ def resume(
     get_sampler(asked.sampler)  # it may need a package that is not here
     recorded = Problem(**found.meta("prepared")["problem"])
     problem = _current(recorded, accept_changes, found.name, watcher)
+    is_changed = problem.digest != recorded.digest or _assets_changed(found, accept_changes)
     slots = devices.slots(asked.workers, asked.gpus, asked.trials_per_gpu, asked.gpus_per_trial)
     jobs.check_ends(asked, slots)
     uri = publishing.uri_of(places.study(meta, found.workspace))
@@ -97,7 +99,7 @@ def resume(
         if found.meta("state") == "COMPLETE":
             _see_it_goes_on(found.name, journal, plan)
         with jobs.start_executor(slots, problem, found.folder, plan.start_method, plan.env, (hold,)) as executor:
-            if problem.digest != recorded.digest:
+            if is_changed:
                 _adopt(journal, executor, found, recorded, problem, plan, watcher)
             with journal.one_commit():
                 if plan != before:
@@ -207,6 +209,22 @@ def _current(recorded: Problem, accept: bool, name: str, watcher: Watcher) -> Pr
     )
 
 
+def _assets_changed(study: Study, accept: bool) -> bool:
+    """Whether assets of the study are other ones now, and that is accepted.
+
+    Raises:
+        StudyError: If that is not accepted.
+    """
+    found = assets.changed(study.meta("prepared").get("assets"))
+    if found and not accept:
+        raise StudyError(
+            f"the assets of study {study.name!r} must be unchanged, but {', '.join(found)} was changed; put back the "
+            f"copy in {study.folder / assets.COPIES}, launch a new study, or go on with what is there by "
+            "--accept-changes"
+        )
+    return bool(found)
+
+
 def _meaning(problem: Problem) -> str:
     tree = ast.parse(problem.source)
     for node in ast.walk(tree):  # a docstring is no change either
@@ -231,7 +249,8 @@ def _adopt(
     Raises:
         RequestError: If the module does not work, or its rows, objective or direction are not the study's.
     """
-    watcher.say("the space module has changed: loading its rows and building its default model")
+    what = "the space module" if problem.digest != recorded.digest else "an asset of the space module"
+    watcher.say(f"{what} has changed: loading its rows and building its default model")
     old = places.prepared(journal)
     place = study.folder / places.TEXTS / problem.digest[:12]
     place.mkdir(parents=True, exist_ok=True)
@@ -255,6 +274,7 @@ def _adopt(
     texts.setdefault(recorded.digest, {key: old[key] for key in kept})
     # A text that was taken back before keeps its preprocessing, since models were trained on it.
     new |= texts.setdefault(problem.digest, {key: new[key] for key in kept})
+    assets.keep(new["assets"], study.folder)
     with journal.one_commit():
         journal.adopt(journal.space().succeeded_by(Space.from_json(found["space"])))
         journal.put("texts", texts)

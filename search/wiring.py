@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from search import secrecy
+from search.definition import assets
 from search.definition.problem import Problem, find
 from search.errors import DiskFull, ExecutorError, RequestError, StudyStopped, TrialFailed
 from search.executors.local import LocalExecutor, start_method
@@ -93,6 +94,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
                             f"these test rows have been opened {times(earlier)} before: this study will leave "
                             "them sealed, unless it is launched with --evaluate yes"
                         )
+                    assets.keep(prepared["assets"], folder)
                     digest = prepared["manifest"]["digest"]
                     learned = warm_start.record(earlier_studies, digest, config.warm_start_other_data)
                     journal.put("prepared", prepared)
@@ -201,7 +203,7 @@ def drive(
             place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk.failure(place, error) from error
-        return jobs.base_payload(jobs.prepared_for(journal, trial), place) | {
+        return jobs.base_payload(jobs.prepared_for(journal, trial), place, len(executor.slots)) | {
             "epochs": config.epochs,
             "seed": trial.seed,
             "proposal": proposal,

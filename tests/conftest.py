@@ -28,6 +28,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     """No test reads or writes the user's own ledger, workspace or tracking server."""
     folder = tmp_path_factory.mktemp("user")
     monkeypatch.setenv("HELDOUT_LEDGER", str(folder / "ledger.jsonl"))
+    monkeypatch.setenv("HELDOUT_CACHE", str(folder / "cache"))
     monkeypatch.setenv("HELDOUT_WORKSPACE", str(folder / "workspace"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name, empty in (("_known", {}), ("_values", {}), ("_texts", None)):  # secrets of other tests

@@ -21,9 +21,10 @@ MOST_LINES = 420
 LAYERS = (
     {"errors"},
     {"secrecy", "moving", "stylesheet"},
-    {"trial", "disk", "channel", "problem", "rows", "metrics", "chain", "journal_copy", "lock", "svg"},
-    {"domain", "traces", "split", "ranks", "intervals", "ledger", "template", "publishing", "watcher", "finalists"},
-    {"journal_file", "usage", "retries", "surroundings", "supervision", "pruners", "ends"},
+    {"trial", "disk", "channel", "problem", "files", "metrics", "chain", "journal_copy", "lock", "svg"},
+    {"rows", "assets", "domain", "traces", "ranks", "intervals", "ledger"},
+    {"template", "publishing", "watcher", "finalists"},
+    {"split", "streams", "journal_file", "usage", "retries", "surroundings", "supervision", "pruners", "ends"},
     {"space", "store", "leakage"},
     {"data", "failing", "rungs"},
     {"history", "tracing", "declaration", "scoring"},
@@ -34,7 +35,7 @@ LAYERS = (
     {"runs", "parameter_panels", "suggestions"},
     {"publisher", "verdicts", "candidates", "places"},
     {"samplers", "executors", "keeping", "tracking", "registry", "training", "selection"},
-    {"custom_metric", "preflight", "study", "devices", "slots", "discovery", "recording"},
+    {"predicting", "backbones", "custom_metric", "preflight", "study", "devices", "slots", "discovery", "recording"},
     {"attempt", "agenda", "warm_start"},
     {"driver"},
     {"judge", "worker", "stopping", "repairing", "lifecycle", "removing", "reserving"},
@@ -71,7 +72,7 @@ STDLIB_ONLY = {
     *("study", "channel", "template", "devices", "problem", "executors", "publishing", "samplers", "wiring", "jobs"),
     *("usage", "retries", "surroundings", "supervision", "recording", "slots", "discovery", "attempt"),
     *("enqueueing", "warm_start", "lock", "stopping", "salvage", "repairing", "secrecy", "watcher"),
-    *("places", "disk", "keeping", "lifecycle", "garbage", "reserving", "pruners", "ends", "agenda"),
+    *("places", "disk", "assets", "keeping", "lifecycle", "garbage", "reserving", "pruners", "ends", "agenda"),
 }
 
 # Files of such a part that nothing loads but their name, once a study asks for that sampler.
@@ -82,6 +83,7 @@ SLOW = {
     "keras": {
         *("training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric", "checkpoints"),
         *("best_epoch", "own_fit"),
+        *("predicting", "backbones"),
     },
     "keras_tuner": {"tracing"},
     "mlflow": {"tracking", "publisher", "removing"},
@@ -97,7 +99,7 @@ SLOW = {
 }
 
 # Files of trial-side and tracking processes that get a slow import from another file's top.
-MAY_REACH = {"mlflow": {"tracking"}, "keras_tuner": {"training", "preflight", "custom_metric"}}
+MAY_REACH = {"mlflow": {"tracking"}, "keras_tuner": {"training", "preflight", "custom_metric", "predicting"}}
 
 # Processes of their own end without unwinding: a forked child must not run its parent's exit handlers.
 MAY_LEAVE_AT_ONCE = {"channel", "template", "tracking", "removing"}

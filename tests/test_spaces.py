@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,14 +34,21 @@ def shipped(name: str) -> ModuleType:
 
 
 @pytest.fixture(params=sorted(path.stem for path in FOLDER.glob("*.py")), scope="module")
-def space(request: pytest.FixtureRequest) -> ModuleType:
-    return shipped(request.param)
+def space(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HELDOUT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        module = shipped(request.param)
+        if hasattr(module, "prepare"):
+            module.prepare()
+        yield module
 
 
 @pytest.fixture(scope="module")
 def rows(space: ModuleType) -> Dataset:
     dataset = space.load()
     assert isinstance(dataset, Dataset)
+    if hasattr(space, "decode"):
+        dataset = Dataset(np.stack([space.decode(path) for path in dataset.x]), dataset.y)
     return dataset
 
 
@@ -77,7 +85,7 @@ def test_rows_are_whole(rows: Dataset) -> None:
     leaves = keras.tree.flatten((rows.x, rows.y))
     (count,) = {len(leaf) for leaf in leaves}
     assert count > 400 and all(np.isfinite(leaf).all() for leaf in leaves)
-    assert {leaf.dtype.name for leaf in keras.tree.flatten(rows.x)} <= {"float32", "int32"}
+    assert {leaf.dtype.name for leaf in keras.tree.flatten(rows.x)} <= {"float32", "int32", "uint8"}
 
 
 @pytest.mark.parametrize("seed", [None, 1, 2], ids=["defaults", "draw1", "draw2"])

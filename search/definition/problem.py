@@ -54,8 +54,8 @@ class Problem:
     def imports(self) -> list[str]:
         """Third-party modules that a trial would import, for the template to preload.
 
-        Those inside ``load()`` are left out: no trial calls it. They are read from the syntax tree: the
-        module itself is never executed for this.
+        Those inside ``load()`` and ``prepare()`` are left out: no trial calls them. They are read from the syntax tree:
+        the module itself is never executed for this.
         """
         folder = Path(self.path).parent
         found: dict[str, None] = {}
@@ -157,7 +157,7 @@ def _check_names(path: Path, tree: ast.Module) -> None:
 
 def _walk_but_load(tree: ast.Module) -> Iterator[ast.AST]:
     for statement in tree.body:
-        if not (isinstance(statement, ast.FunctionDef) and statement.name == "load"):
+        if not (isinstance(statement, ast.FunctionDef) and statement.name in ("load", "prepare")):
             yield from ast.walk(statement)
 
 
@@ -208,10 +208,12 @@ class SpaceModule:
             raise SpaceError(f'{where}: direction must be "min" or "max", but got {self.direction!r}')
         if self.epochs is not None and (not isinstance(self.epochs, int) or self.epochs < 1):
             raise SpaceError(f"{where}: epochs must be a whole number of at least 1, but got {self.epochs!r}")
-        for name in ("load", "build", "fit", "preprocess", "callbacks", "class_weight"):
+        for name in ("load", "build", "fit", "preprocess", "callbacks", "class_weight", "decode", "prepare"):
             part = self._get(name)
             if part is not None and not callable(part):
                 raise SpaceError(f"{where}: {name} must be a function, but it is {type(part).__name__}")
+        if not isinstance(self.assets, list | tuple) or not all(isinstance(a, str | os.PathLike) for a in self.assets):
+            raise SpaceError(f"{where}: assets must be a list of paths, but got {self.assets!r}")
         if self._get("load") is None:
             raise SpaceError(f"{where}: a space module must define load(); add `def load(): return Dataset(x, y)`")
         if self._get("build") is None and self._hypermodel is None:
@@ -245,6 +247,24 @@ class SpaceModule:
     def preprocess(self) -> Callable[[Any], Any] | None:
         """The module's ``preprocess(train)``, or None."""
         part: Callable[[Any], Any] | None = self._get("preprocess")
+        return part
+
+    @property
+    def prepare(self) -> Callable[[], Any] | None:
+        """The module's ``prepare()``, or None."""
+        part: Callable[[], Any] | None = self._get("prepare")
+        return part
+
+    @property
+    def assets(self) -> Any:
+        """Paths of what the module needs beside its rows."""
+        given = self._get("assets")
+        return [] if given is None else given
+
+    @property
+    def decode(self) -> Callable[[str], Any] | None:
+        """The module's ``decode(path)``, or None."""
+        part: Callable[[str], Any] | None = self._get("decode")
         return part
 
     def load(self) -> Any:

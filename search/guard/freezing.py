@@ -156,6 +156,7 @@ def predict_file(
         "tier": tier,
         "rows": prepared["rows"],
         "features": features,
+        "budget": jobs.budget(),
         "folder": str(folder),
     }
     job = Job(f"predict-{tier}", "predict", payload, log=str(folder / "predict.log"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy as np
 
 from search.errors import SpaceError
 from search.harness.fused import order
-from search.tiers.data import OpenRows
+from search.tiers.data import Dataset, OpenRows
+
+_LOOKED_AT = 64 << 20  # bytes of rows in memory where all are gone through
 
 
 class Weighted(OpenRows):
@@ -22,13 +24,14 @@ class Weighted(OpenRows):
     Args:
         wanted: Weight by class; a class that is not in it weighs 1.
         where: The module, for its errors.
+        decode: As of ``OpenRows``.
 
     Raises:
         SpaceError: If the rows have weights already, or several labels each.
     """
 
-    def __init__(self, path: Path, wanted: Mapping[int, float], where: str) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, wanted: Mapping[int, float], where: str, decode: Any = None) -> None:
+        super().__init__(path, decode)
         if super().weights(np.arange(0)) is not None:
             raise SpaceError(f"{where}: rows have weights by sample_weight or by class_weight, but got both: drop one")
         if self._leaf_count("y") != 1:
@@ -52,6 +55,35 @@ def joined(rows: OpenRows, tier: str, preprocess: keras.Model | None, index: np.
     if preprocess is None:
         return features
     return preprocess.predict(as_fed(features), verbose=0, batch_size=1024)
+
+
+def parts(rows: OpenRows, tier: str, preprocess: keras.Model | None) -> Iterator[np.ndarray]:
+    """The same leaf by leaf and some rows at a time, for what must look at all of them."""
+    step = max(1, _LOOKED_AT // max(1, rows.nbytes(tier) // rows.size(tier)))
+    for start in range(0, rows.size(tier), step):
+        at = np.arange(start, min(start + step, rows.size(tier)))
+        yield from keras.tree.flatten(joined(rows, tier, preprocess, at))
+
+
+def for_preprocess(rows: OpenRows, budget: int) -> Dataset:
+    """The train rows for the module's ``preprocess(train)``.
+
+    Where they take more than ``budget`` bytes, ``x`` is a ``tf.data.Dataset`` of batches; layers adapt to that as well.
+    """
+    if rows.nbytes("train") <= budget:
+        return rows.dataset("train")
+    import tensorflow as tf
+
+    like = keras.tree.map_structure(lambda part: part[:0], rows.features("train", np.arange(1)))
+    specs = keras.tree.map_structure(lambda part: tf.TensorSpec((None, *part.shape[1:]), part.dtype), like)
+    count, step = rows.size("train"), max(1, min(256, _LOOKED_AT // (rows.nbytes("train") // rows.size("train"))))
+
+    def batches_of_x() -> Iterator[Any]:
+        for start in range(0, count, step):
+            yield rows.features("train", np.arange(start, min(start + step, count)))
+
+    x = tf.data.Dataset.from_generator(batches_of_x, output_signature=specs)
+    return Dataset(x.prefetch(1), rows.labels("train"), sample_weight=rows.weights())
 
 
 def as_fed(features: Any) -> Any:

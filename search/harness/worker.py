@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import time
@@ -39,9 +40,11 @@ def main(job: dict[str, Any], channel: Channel) -> None:
 
 def load(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
     """Execute the module, store and seal its rows, fit its preprocessing on the train rows."""
+    from search.definition import assets
     from search.tiers import data
 
     module = SpaceModule(Problem(**payload["problem"]))
+    made = assets.made(module)
     dataset = module.load()
     if not isinstance(dataset, data.Dataset):
         raise SpaceError(
@@ -50,7 +53,12 @@ def load(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Job
         )
     workspace = Path(payload["workspace"])
     manifest = data.prepare(
-        dataset, workspace, payload["split_seed"], allow_nan=module.allow_nan or module.preprocess is not None
+        dataset,
+        workspace,
+        payload["split_seed"],
+        allow_nan=module.allow_nan or module.preprocess is not None,
+        decode=module.decode,
+        where=module.problem.path,
     )
     rows = workspace / "rows" / manifest["digest"]
     preprocess = None
@@ -58,12 +66,14 @@ def load(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Job
         preprocess = str(Path(payload["folder"]) / "preprocess.keras")
         must_remove_nan = manifest["has_nan"] and not module.allow_nan
         sealed = data.SealedRows(workspace / "sealed" / manifest["digest"])
-        _fit_preprocess(module, data.OpenRows(rows), Path(preprocess), must_remove_nan, sealed)
+        opened = data.OpenRows(rows, module.decode)
+        _fit_preprocess(module, opened, Path(preprocess), must_remove_nan, payload["budget"], sealed)
     return {
         "manifest": manifest,
         "rows": str(rows),
         "sealed": str(workspace / "sealed" / manifest["digest"]),
         "preprocess": preprocess,
+        "assets": made,
         "objective": module.objective,
         "direction": module.direction,
         "epochs": module.epochs,
@@ -91,7 +101,7 @@ def versions() -> dict[str, str]:
 
 
 def _fit_preprocess(
-    module: SpaceModule, rows: Any, path: Path, must_remove_nan: bool, sealed: Any | None = None
+    module: SpaceModule, rows: Any, path: Path, must_remove_nan: bool, budget: int, sealed: Any | None = None
 ) -> None:
     import keras
     import numpy as np
@@ -103,7 +113,7 @@ def _fit_preprocess(
     keras.utils.set_random_seed(0)
     assert module.preprocess is not None
     with module.blaming("preprocess(train)"):
-        model = module.preprocess(rows.dataset("train"))
+        model = module.preprocess(feeding.for_preprocess(rows, budget))
     if not isinstance(model, keras.Model):
         raise SpaceError(
             f"{module.problem.path}: preprocess(train) must return a keras.Model, such as "
@@ -116,7 +126,7 @@ def _fit_preprocess(
             leakage.check_learned(model, rows, sealed, module.problem.path)
     if must_remove_nan:
         for tier in ("train", "validation", "guard"):
-            for part in keras.tree.flatten(feeding.joined(rows, tier, model)):
+            for part in feeding.parts(rows, tier, model):
                 if np.issubdtype(part.dtype, np.floating) and np.isnan(part).any():
                     raise DataError(
                         f"x has NaN and preprocess(train) leaves some in the {tier} rows; let it remove them, "
@@ -129,11 +139,12 @@ def _fit_preprocess(
 
 def discover(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
     """Find the parameters of a space by building it under a time cap."""
-    from search.definition import tracing
+    from search.definition import backbones, tracing
 
-    module = SpaceModule(Problem(**payload["problem"]))
     try:
-        space, complete = tracing.discover(module.build, payload["seconds"])
+        with backbones.made_once() as memory:
+            module = SpaceModule(Problem(**payload["problem"]))
+            space, complete = tracing.discover(backbones.building(module.build, memory), payload["seconds"])
     except HeldoutError:
         raise
     except Exception as error:
@@ -149,6 +160,7 @@ class _Trial:
     def __init__(self, payload: dict[str, Any]) -> None:
         import keras
 
+        from search.definition import assets
         from search.definition.tracing import TracingHyperParameters
         from search.harness import training
         from search.processes import devices
@@ -159,11 +171,12 @@ class _Trial:
         if payload.get("deterministic"):
             devices.be_deterministic()
         self.payload = payload
+        assets.check(payload.get("assets"))
         self.module = SpaceModule(Problem(**payload["problem"]))
         self.hp = TracingHyperParameters(
             payload.get("proposal"), payload["seed"], payload.get("default", False), payload.get("named")
         )
-        self.rows = OpenRows(Path(payload["rows"]))
+        self.rows = OpenRows(Path(payload["rows"]), self.module.decode)
         keras.utils.set_random_seed(payload["seed"])
         self.preprocess = (
             keras.models.load_model(payload["preprocess"], compile=False) if payload.get("preprocess") else None
@@ -215,7 +228,8 @@ def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
         if payload.get("preflight"):
             send({"type": "preflight", **preflight.run(running), **running.described()})
         fitted = running.fit(payload.get("epochs"), reporting)
-        paths = predictions(running.model, running.rows, running.preprocess, ("validation", "guard"), folder)
+        given = (running.model, running.rows, running.preprocess)
+        paths = predictions(*given, ("validation", "guard"), folder, payload["budget"])
         weights = folder / "model.weights.h5"
         training.save(running.model, weights)
         preflight.refuse_secrets(weights, running.module.problem.path)
@@ -271,14 +285,17 @@ def _telling(
     return reporting
 
 
-def predictions(model: Any, rows: Any, preprocess: Any, tiers: tuple[str, ...], folder: Path) -> dict[str, list[str]]:
+def predictions(
+    model: Any, rows: Any, preprocess: Any, tiers: tuple[str, ...], folder: Path, budget: int
+) -> dict[str, list[str]]:
     """Predict tiers with one model and write one ``.npy`` per tier and output; the paths by tier."""
-    from search.harness import feeding, training
+    from search.harness import feeding, predicting
 
     paths = {}
     for tier in tiers:
-        features = feeding.joined(rows, tier, preprocess)
-        paths[tier] = training.save_arrays(training.predict(model, features), folder, tier)
+        count = rows.size(tier) if rows.nbytes(tier) > budget else None
+        take = functools.partial(feeding.joined, rows, tier, preprocess)
+        paths[tier] = predicting.save(model, take, count, folder, tier)
     return paths
 
 
@@ -320,7 +337,7 @@ def refit(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
     if running.module.preprocess is not None:
         path = Path(payload["folder"]) / "preprocess.keras"
         must_remove_nan = running.rows.manifest["has_nan"] and not running.module.allow_nan
-        _fit_preprocess(running.module, running.rows, path, must_remove_nan)
+        _fit_preprocess(running.module, running.rows, path, must_remove_nan, payload["budget"])
         running.preprocess = keras.models.load_model(path, compile=False)
     fitted = running.fit(payload["epochs"], send, keep_last=True)
     return {
@@ -345,26 +362,32 @@ def saved_model(payload: dict[str, Any], send: Callable[[dict[str, Any]], None])
 
 
 def predict(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
-    """Predict with exported files; the space module runs only when a model needs its custom layers."""
+    """Predict with exported files; the space module runs only for its custom layers, or to decode files."""
     import keras
+    import numpy as np
 
-    from search.harness import feeding, training
+    from search.harness import feeding, predicting, training
     from search.processes import devices
-    from search.tiers.data import OpenRows, load_structure
+    from search.tiers.data import OpenRows
+    from search.tiers.store import open_structure
 
     if payload.get("slot"):
         devices.apply(payload["slot"])
-    if payload["custom"]:
-        SpaceModule(Problem(**payload["problem"]))
-    if payload["features"] is not None:
-        x = load_structure(payload["features"])
-    else:
-        x = OpenRows(Path(payload["rows"])).features(payload["tier"])
+    given = payload["features"] or OpenRows(Path(payload["rows"])).feature_files(payload["tier"])
+    decode = None
+    if payload["custom"] or given.get("files"):
+        decode = SpaceModule(Problem(**payload["problem"])).decode
+    rows = open_structure(given, decode)
+    x = rows[:] if rows.nbytes <= payload["budget"] else None
+
+    def take(at: Any = None) -> Any:
+        return feeding.as_fed(rows[at] if x is None else x)
+
     out: dict[str, list[str]] = {}
     for name, path in payload["models"].items():
-        arrays = training.predict(keras.models.load_model(path, compile=False), feeding.as_fed(x))
-        out[name] = training.save_arrays(arrays, Path(payload["folder"]), f"{name}_{payload['tier']}")
-    return {"predictions": out, "batch_size": training.predict_batch(x)}
+        model, stem = keras.models.load_model(path, compile=False), f"{name}_{payload['tier']}"
+        out[name] = predicting.save(model, take, len(rows) if x is None else None, Path(payload["folder"]), stem)
+    return {"predictions": out, "batch_size": training.predict_batch(rows[np.arange(1)] if x is None else x)}
 
 
 def score(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from search import secrecy
+from search.definition import assets
 from search.definition.problem import DEFAULT_EPOCHS, Problem
 from search.errors import RequestError, SpaceError, TrialFailed, request_error
 from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot, Warned
@@ -17,7 +18,7 @@ from search.loop.pruners import Pruning, default_grace, get_pruner
 from search.loop.watcher import Watcher
 from search.processes import devices
 from search.processes.supervision import Supervisor
-from search.record import places
+from search.record import disk, places
 from search.record.journal import Journal
 from search.study import StudyConfig
 from search.tracker import publishing
@@ -184,7 +185,7 @@ def prepare(
 def load_payload(problem: Problem, workspace: Path, folder: Path, split_seed: int) -> dict[str, Any]:
     """Of the ``load`` job: rows go into the workspace, where studies share them, preprocessing into ``folder``."""
     where = {"workspace": str(workspace), "folder": str(folder)}
-    return where | {"problem": problem.to_json(), "split_seed": split_seed}
+    return where | {"problem": problem.to_json(), "split_seed": split_seed, "budget": budget()}
 
 
 def completed(loaded: dict[str, Any], problem: Problem) -> dict[str, Any]:
@@ -201,6 +202,7 @@ def prepared_for(journal: Journal, trial: Trial) -> dict[str, Any]:
     They differ between trials only in a study that was resumed with ``--accept-changes``.
     """
     prepared = places.prepared(journal)
+    assets.restore(prepared.get("assets"), journal.path.parent)
     texts: dict[str, dict[str, Any]] | None = journal.get("texts")
     if texts is None:
         return prepared
@@ -218,20 +220,31 @@ def openings(prepared: dict[str, Any]) -> int:
     return Ledger().openings(hashes, manifest["fingerprint"], prior=manifest["prior_openings"])
 
 
-def base_payload(prepared: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What every job that builds a model is handed; nothing in it leads to a sealed label."""
+def base_payload(prepared: dict[str, Any], folder: Path, slots: int = 1) -> dict[str, Any]:
+    """What every job that builds a model is handed; nothing in it leads to a sealed label.
+
+    Args:
+        slots: How many such jobs run at a time.
+    """
     return {
         "problem": prepared["problem"],
         "rows": prepared["rows"],
         "preprocess": prepared["preprocess"],
+        "assets": prepared.get("assets"),
         "objective": prepared["objective"],
         "direction": prepared["direction"],
-        "budget": _budget(),
+        "budget": budget(slots),
         "folder": str(folder),
     }
 
 
-def _budget() -> int:
-    """Bytes of rows that one slot may copy: an eighth of the machine's memory, shared by its cores."""
+def budget(slots: int = 1) -> int:
+    """Bytes of rows that one slot may copy: an eighth of the machine's memory, shared by its cores or more slots.
+
+    By cores where there are fewer slots, so that a trial trains in the same way whatever else runs. The variable
+    ``HELDOUT_ROWS_IN_MEMORY`` sets it, as in ``64M``.
+    """
+    if given := os.environ.get("HELDOUT_ROWS_IN_MEMORY"):
+        return disk.parse_size(given, "HELDOUT_ROWS_IN_MEMORY")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(memory // 8 // (os.cpu_count() or 1))
+    return int(memory // 8 // max(slots, os.cpu_count() or 1))

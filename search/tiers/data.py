@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ import numpy as np
 
 from search.errors import DataError
 from search.tiers import leakage, split, store
+from search.tiers.files import Decode, Files
 from search.tiers.rows import (
     Array,
     Dataset,
@@ -29,6 +31,7 @@ from search.tiers.rows import (
 )
 from search.tiers.split import GUARD, TEST, TIERS, VALIDATION, Tiers
 from search.tiers.store import OpenRows, SealedError, SealedRows, load_structure
+from search.tiers.streams import Spool
 
 __all__ = ["Dataset", "OpenRows", "SealedError", "SealedRows", "load_structure", "prepare"]
 
@@ -39,17 +42,27 @@ _FEW_TEST = 1_000
 _LEAST_PER_CLASS = 2
 
 
-def prepare(dataset: Dataset, workspace: Path, split_seed: int, allow_nan: bool) -> dict[str, Any]:
+def prepare(
+    dataset: Dataset,
+    workspace: Path,
+    split_seed: int,
+    allow_nan: bool,
+    decode: Decode | None = None,
+    where: str = "the module",
+) -> dict[str, Any]:
     """Check, split, seal and store rows; the same rows again are found stored and left as they are.
 
     Args:
         split_seed: Decides, with the rows themselves, which tier a row belongs to.
         allow_nan: Accept NaN and infinities in x.
+        decode: The module's ``decode(path)``, which makes x of files.
+        where: The module, for messages.
 
     Returns:
         The manifest, JSON: ``digest``, ``fingerprint`` (of the test rows), ``guard_fingerprint``, ``identity``
         ("ids" or "values": what rows are known again by), ``prior_openings``, ``rows``, ``tiers`` (name to rows),
-        ``x`` and ``y`` (``kind``, ``names``, ``shapes`` with the number of rows first, ``dtypes``), ``task``
+        ``x`` and ``y`` (``kind``, ``names``, ``shapes`` with the number of rows first, ``dtypes``; where leaves of x
+        are files also ``files``, what ``Files.spec`` has of each, or None), ``task``
         ("classes" or "values"), ``classes``, ``warnings``, ``has_nan``, ``grouped``, ``ordered``, ``supplied``
         (tiers that the user gave).
 
@@ -58,7 +71,23 @@ def prepare(dataset: Dataset, workspace: Path, split_seed: int, allow_nan: bool)
     """
     # What is said now, which need not be what was said when the rows were stored.
     said = {"prior_openings": _prior_openings(dataset)}
-    rows, given, names = _gathered(dataset)
+    try:
+        with Spool(workspace / "rows") as spool:
+            rows, given, names = _gathered(dataset, decode, spool)
+            x = tuple(leaf.checked(where) if isinstance(leaf, Files) else leaf for leaf in rows.x)
+            rows = dataclasses.replace(rows, x=x)
+            return _stored(rows, given, names, workspace, split_seed, allow_nan) | said
+    except OSError as error:
+        raise DataError(
+            f"rows must be stored under {workspace}, but {error.strerror or error}; "
+            "make room there or give another --workspace"
+        ) from error
+
+
+def _stored(
+    rows: Rows, given: Tiers, names: list[str], workspace: Path, split_seed: int, allow_nan: bool
+) -> dict[str, Any]:
+    """Divide and store rows, unless they are there; the manifest."""
     has_nan = not all(all_finite(leaf) for leaf in rows.x)
     if has_nan and not allow_nan:
         leaves = zip(rows.x_structure.names, rows.x, strict=True)
@@ -71,7 +100,7 @@ def prepare(dataset: Dataset, workspace: Path, split_seed: int, allow_nan: bool)
     digest = _digest(rows, hashes, given, split_seed)
     home, sealed = workspace / "rows" / digest, workspace / "sealed" / digest
     if (home / "manifest.json").exists() and sealed.exists():
-        return cast(dict[str, Any], json.loads((home / "manifest.json").read_text())) | said
+        return cast(dict[str, Any], json.loads((home / "manifest.json").read_text()))
 
     leakage.check_supplied(rows, given, x_hashes)
     labels = split.labels_of(rows.y[0])
@@ -81,7 +110,7 @@ def prepare(dataset: Dataset, workspace: Path, split_seed: int, allow_nan: bool)
         x_hashes[free],
         labels.codes[free],
         split_seed,
-        split.sizes(int(free.sum()), validation="validation" not in names, test="test" not in names),
+        split.sizes(int(free.sum()), **{tier: tier not in names for tier in TIERS[1:]}),
         **{name: None if value is None else value[free] for name, value in _identity(rows).items()},
     )
     leakage.check_times(rows, given, tiers)
@@ -107,35 +136,31 @@ def prepare(dataset: Dataset, workspace: Path, split_seed: int, allow_nan: bool)
         "ordered": rows.time is not None,
         "supplied": names,
     }
-    try:
-        store.write(rows, tiers, identities, manifest, home, sealed)
-    except OSError as error:
-        raise DataError(
-            f"rows must be stored under {workspace}, but {error.strerror or error}; "
-            "make room there or give another --workspace"
-        ) from error
-    return manifest | said
+    store.write(rows, tiers, identities, manifest, home, sealed)
+    return manifest
 
 
-def _gathered(dataset: Dataset) -> tuple[Rows, Tiers, list[str]]:
+def _gathered(dataset: Dataset, decode: Decode | None, spool: Spool) -> tuple[Rows, Tiers, list[str]]:
     """All rows as one, the tier that the user gave each (-1: none), and the names of the tiers given."""
-    parts, names, codes = [read(dataset)], ["x"], [-1]
-    for name, code, given in (("validation", VALIDATION, dataset.validation), ("test", TEST, dataset.test)):
-        if given is None:
+    parts, names, codes = [read(spool.taken(dataset, ""), decode=decode)], ["x"], [-1]
+    for name, code in (("validation", VALIDATION), ("guard", GUARD), ("test", TEST)):
+        if (given := getattr(dataset, name)) is None:
             continue
         if isinstance(given, tuple) and len(given) == 2:
             given = Dataset(*given)
-        if not isinstance(given, Dataset) or given.validation is not None or given.test is not None:
+        if not isinstance(given, Dataset) or any(getattr(given, tier) is not None for tier in TIERS[1:]):
             raise DataError(
                 f"{name} must be a pair (x, y) or a Dataset without tiers of its own, "
                 f"but got {type(given).__name__}; check load()"
             )
         if _prior_openings(given):
             raise DataError(f"prior_openings must be in the outer Dataset, but is in that of {name}; move it there")
-        parts.append(read(given, f"{name}."))
+        parts.append(read(spool.taken(given, name), f"{name}.", decode))
         names.append(name)
         codes.append(code)
-    rows = joined(parts, names)
+    if spool.parts not in (0, len(parts)):
+        raise DataError(f"the x of {', '.join(names)} must all be functions, or none of them; check load()")
+    rows = joined(parts, names, spool.whole())
     return rows, np.repeat(np.array(codes, dtype=np.int8), [len(part) for part in parts]), names[1:]
 
 
@@ -181,13 +206,15 @@ def _digest(rows: Rows, hashes: Hashes, given: Tiers, split_seed: int) -> str:
     return out.hexdigest()
 
 
-def _spec(structure: Structure, leaves: Iterable[Array]) -> dict[str, Any]:
+def _spec(structure: Structure, leaves: Iterable[Array | Files]) -> dict[str, Any]:
     leaves = list(leaves)
+    files = [leaf.spec() if isinstance(leaf, Files) else None for leaf in leaves]
     return {
         "kind": structure.kind,
         "names": list(structure.names),
         "shapes": [list(leaf.shape) for leaf in leaves],
         "dtypes": [str(leaf.dtype) for leaf in leaves],
+        **({"files": files} if any(files) else {}),
     }
 
 

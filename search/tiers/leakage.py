@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.errors import DataError
+from search.tiers.files import Files
 from search.tiers.rows import Array, Hashes, Rows, row_hashes
-from search.tiers.split import TEST, TIERS, TRAIN, VALIDATION, Tiers
+from search.tiers.split import GUARD, TEST, TIERS, TRAIN, VALIDATION, Tiers
 
 Floats = NDArray[np.float64]
 
@@ -50,7 +51,7 @@ def check_supplied(rows: Rows, given: Tiers, x_hashes: Hashes) -> None:
         DataError: With how many rows and which, counted within the tier.
     """
     numbers = _numbers(given)
-    for code in (VALIDATION, TEST):
+    for code in (VALIDATION, GUARD, TEST):
         mine, others = given == code, given != code
         if not mine.any():
             continue
@@ -75,20 +76,21 @@ def check_supplied(rows: Rows, given: Tiers, x_hashes: Hashes) -> None:
 
 
 def check_times(rows: Rows, given: Tiers, tiers: Tiers) -> None:
-    """Refuse validation rows of the user's that are not later than train; our own split orders its tiers itself.
+    """Refuse validation or guard rows of the user's that are not later than train; our own split orders its tiers.
 
     Raises:
-        DataError: With how many rows and which, counted within validation.
+        DataError: With how many rows and which, counted within the tier.
     """
-    mine = given == VALIDATION
-    if rows.time is None or not mine.any():
-        return
-    early = mine & (rows.time <= rows.time[tiers == TRAIN].max())
-    if early.any():
-        raise DataError(
-            f"validation rows must be later than all train rows when time is given, but "
-            f"{_counted(_numbers(given)[early])} of validation are not; leave them out, or leave out `time`"
-        )
+    for code in (VALIDATION, GUARD):
+        mine = given == code
+        if rows.time is None or not mine.any():
+            continue
+        early = mine & (rows.time <= rows.time[tiers == TRAIN].max())
+        if early.any():
+            raise DataError(
+                f"{TIERS[code]} rows must be later than all train rows when time is given, but "
+                f"{_counted(_numbers(given)[early])} of {TIERS[code]} are not; leave them out, or leave out `time`"
+            )
 
 
 def suspicions(rows: Rows, given: Tiers, tiers: Tiers, x_hashes: Hashes, hashes: Hashes) -> list[str]:
@@ -121,6 +123,12 @@ def suspicions(rows: Rows, given: Tiers, tiers: Tiers, x_hashes: Hashes, hashes:
             f"{'; …' if later.sum() > _NAMED_PAIRS else ''}): if they are copies, give them the same value in "
             "`groups` or `ids`, or leave them out"
         )
+    again, pair = re_encoded(rows, tiers, x_hashes)
+    if again:
+        out.append(
+            f"{again} rows decode to the same as a row in another tier from other files ({' and '.join(pair)}): "
+            "if they are copies, give them the same value in `groups` or `ids`, or leave one out"
+        )
     scaled, looked_at = scaled_columns(rows, tiers == TRAIN)
     if scaled:
         which = f"{scaled} columns" if scaled == looked_at else f"{scaled} of {looked_at} columns"
@@ -132,8 +140,8 @@ def suspicions(rows: Rows, given: Tiers, tiers: Tiers, x_hashes: Hashes, hashes:
 
 
 def _numbers(given: Tiers) -> Array:
-    """Position of each row in what the user gave: in x, in validation or in test."""
-    return np.concatenate([np.arange((given == code).sum()) for code in (-1, VALIDATION, TEST)])
+    """Position of each row in what the user gave: in x, in validation, in guard or in test."""
+    return np.concatenate([np.arange((given == code).sum()) for code in (-1, VALIDATION, GUARD, TEST)])
 
 
 def _counted(numbers: Array) -> str:
@@ -147,6 +155,23 @@ def _place(at: int, given: Tiers, tiers: Tiers, numbers: Array) -> str:
     """Where the user finds a row, such as "x[3] in guard" or "test[7]"."""
     tier = TIERS[tiers[at]]
     return f"x[{numbers[at]}] in {tier}" if given[at] < 0 else f"{tier}[{numbers[at]}]"
+
+
+def re_encoded(rows: Rows, tiers: Tiers, x_hashes: Hashes) -> tuple[int, list[str]]:
+    """How many rows outside train decode to what a file with other bytes in another tier does, and a pair of files."""
+    files = [leaf for leaf in rows.x if isinstance(leaf, Files)]
+    if not files:
+        return 0, []
+    rest = [leaf for leaf in rows.x if not isinstance(leaf, Files)]
+    columns = [leaf.decoded for leaf in files if leaf.decoded is not None]
+    columns += [row_hashes(rest)] if rest else []
+    same = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.lexsort((tiers, same))
+    first = np.full(int(same.max()) + 1, -1)
+    first[same[order][::-1]] = order[::-1]  # the row of each kind that is nearest to train
+    partner = first[same]
+    found = np.flatnonzero((tiers > tiers[partner]) & (x_hashes != x_hashes[partner]))
+    return len(found), [files[0].paths[row] for row in (partner[found[0]], found[0])] if len(found) else []
 
 
 def near_duplicates(rows: Rows, tiers: Tiers, x_hashes: Hashes) -> tuple[Array, Array]:
@@ -167,8 +192,8 @@ def near_duplicates(rows: Rows, tiers: Tiers, x_hashes: Hashes) -> tuple[Array, 
     sums = _sums(rows, position)
     if sums is None:
         return nothing
-    exact = [leaf[position] for leaf in rows.x if leaf.dtype.kind != "f"]
-    rest = row_hashes(exact) if exact else np.zeros(len(position), dtype=np.uint64)
+    exact = [leaf for leaf in rows.x if isinstance(leaf, Files) or leaf.dtype.kind != "f"]
+    rest = row_hashes(exact)[position] if exact else np.zeros(len(position), dtype=np.uint64)
     coarse, fell = _pairs(_cells(sums, 10 * _STEPS[0], rest)), np.inf
     for step in _STEPS:
         pairs = _pairs(_cells(sums, step, rest))
@@ -197,7 +222,7 @@ def _sums(rows: Rows, position: Array) -> Floats | None:
     rng = np.random.default_rng(0)
     total, columns = np.zeros((len(position), _SUMS)), 0
     for leaf in rows.x:
-        if leaf.dtype.kind != "f":
+        if isinstance(leaf, Files) or leaf.dtype.kind != "f":
             continue
         flat = leaf.reshape(len(leaf), -1)
         center, spread = _spreads(flat)
@@ -277,7 +302,8 @@ def scaled_columns(rows: Rows, train: NDArray[np.bool_]) -> tuple[int, int]:
 
 def _columns(rows: Rows) -> Iterator[Array]:
     """Float columns, evenly spaced over all of them where there are many."""
-    flat = [leaf.reshape(len(rows), -1) for leaf in rows.x if leaf.dtype.kind == "f"]
+    arrays = [leaf for leaf in rows.x if not isinstance(leaf, Files)]
+    flat = [leaf.reshape(len(rows), -1) for leaf in arrays if leaf.dtype.kind == "f"]
     width = sum(leaf.shape[1] for leaf in flat)
     wanted = np.arange(width)
     if width > (most := max(2, min(_MOST_COLUMNS, _MOST_VALUES // len(rows)))):
@@ -321,6 +347,8 @@ def check_learned(model: Any, rows: Any, sealed: Any, path: str) -> None:
         if name not in names:
             continue
         at = names.index(name)
+        if isinstance(pool[at], Files):  # whose test rows are decoded in the test step alone
+            continue
         test = np.load(sealed.feature_files()["paths"][at], mmap_mode="r", allow_pickle=False)
         tiers = ((tier, test if tier == "test" else pool[at][rows.index(tier)]) for tier in TIERS)
         behind = tiers_behind(np.asarray(layer.mean), tiers)

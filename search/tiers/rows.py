@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.errors import DataError
+from search.tiers.files import Decode, Files
 
 Array = NDArray[Any]
 Hashes = NDArray[np.uint64]
@@ -23,8 +25,11 @@ class Dataset:
     """Every labelled row of a problem; the service splits, seals and shares them.
 
     Attributes:
-        x: Features: one array of shape (rows, ...), or a dict or tuple of such arrays.
-        y: Labels, in the same forms as ``x``.
+        x: Features: one array of shape (rows, ...), or a dict or tuple of such arrays. Paths of files, one per row,
+            for which the module has ``decode(path)``. Or a function that returns a ``tf.data.Dataset`` or a
+            ``keras.utils.PyDataset`` of batches ``(x, y)`` or ``(x, y, sample_weight)``, and of batches ``x`` where
+            ``y`` is given.
+        y: Labels, in the same forms as ``x``; arrays, or None where batches bring them.
         groups: One value per row; rows with the same value never part (a patient, a site).
         time: One sortable value per row; given, tiers follow each other in time.
         sample_weight: One weight per row, for training only; no score is weighted.
@@ -34,10 +39,11 @@ class Dataset:
         test: Rows to test on, as a ``Dataset`` or ``(x, y)``; taken as given.
         prior_openings: How many times the test rows were used before the ledger knew them: by hand, with another
             tool, or in another form. It moves no row.
+        guard: Rows to guard on, as a ``Dataset`` or ``(x, y)``; taken as given.
     """
 
     x: Any
-    y: Any
+    y: Any = None
     groups: Any = None
     time: Any = None
     sample_weight: Any = None
@@ -45,6 +51,7 @@ class Dataset:
     validation: Any = None
     test: Any = None
     prior_openings: int = 0
+    guard: Any = None
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,13 @@ class Rows:
     """Checked rows: plain arrays of equal length.
 
     Attributes:
-        x, y: Leaves of shape (rows, ...), native byte order, bool, integer, float or (x only) unicode.
+        x, y: Leaves of shape (rows, ...), native byte order, bool, integer, float or (x only) unicode or files.
         groups, time, ids: One value per row, or None.
         weight: float32 per row, or None.
     """
 
     x_structure: Structure
-    x: tuple[Array, ...]
+    x: tuple[Array | Files, ...]
     y_structure: Structure
     y: tuple[Array, ...]
     groups: Array | None
@@ -84,17 +91,18 @@ class Rows:
         return len(self.x[0])
 
 
-def read(dataset: Dataset, where: str = "") -> Rows:
-    """Convert a Dataset to plain arrays.
+def read(dataset: Dataset, where: str = "", decode: Decode | None = None) -> Rows:
+    """Convert a Dataset to plain arrays, and paths to files.
 
     Args:
         where: Prefix for names in messages, such as "test.".
+        decode: The module's, if it has one: text in x are paths then.
 
     Raises:
         DataError: Unequal lengths, no rows, scalars, or values that are no array of numbers or text.
     """
-    x_structure, x = _leaves(dataset.x, f"{where}x")
-    y_structure, y = _leaves(dataset.y, f"{where}y")
+    x_structure, x = _leaves(dataset.x, f"{where}x", lambda value, name: _features(value, name, decode))
+    y_structure, y = _leaves(dataset.y, f"{where}y", _array)
     n = len(x[0])
     named = [*zip(_leaf_names(f"{where}x", x_structure), x, strict=True)]
     named += zip(_leaf_names(f"{where}y", y_structure), y, strict=True)
@@ -132,10 +140,13 @@ def read(dataset: Dataset, where: str = "") -> Rows:
     )
 
 
-def joined(parts: Sequence[Rows], names: Sequence[str]) -> Rows:
+def joined(parts: Sequence[Rows], names: Sequence[str], x: tuple[Array, ...] | None = None) -> Rows:
     """Several sets of rows as one, in order; the first says how the others must look.
 
     Columns that only some parts have are filled: weights with 1, others are dropped.
+
+    Args:
+        x: The leaves of all parts in one, where they are known so already.
 
     Raises:
         DataError: If a part has other inputs, outputs, shapes or kinds of numbers than the first.
@@ -157,9 +168,9 @@ def joined(parts: Sequence[Rows], names: Sequence[str]) -> Rows:
     if any(part.weight is not None for part in parts):
         ones = [np.ones(len(p), np.float32) if p.weight is None else p.weight for p in parts]
         weight = np.concatenate(ones)
-    x = tuple(_stacked([p.x[k] for p in parts]) for k in range(len(first.x)))
+    leaves = x or tuple(_stacked([p.x[k] for p in parts]) for k in range(len(first.x)))
     y = tuple(_stacked([p.y[k] for p in parts]) for k in range(len(first.y)))
-    return Rows(first.x_structure, x, first.y_structure, y, weight=weight, **columns)
+    return Rows(first.x_structure, leaves, first.y_structure, y, weight=weight, **columns)
 
 
 def _check_alike(name: str, side: str, ours: tuple[Structure, Any], theirs: tuple[Structure, Any]) -> None:
@@ -169,6 +180,10 @@ def _check_alike(name: str, side: str, ours: tuple[Structure, Any], theirs: tupl
             f"but has {', '.join(theirs[0].names)}; check load()"
         )
     for leaf_name, a, b in zip(_leaf_names(name, ours[0]), ours[1], theirs[1], strict=True):
+        if isinstance(a, Files) != isinstance(b, Files):
+            raise DataError(f"{leaf_name} and {side} must both hold paths, or neither; check load()")
+        if isinstance(a, Files):
+            continue  # not decoded yet
         if a.shape[1:] != b.shape[1:]:
             raise DataError(
                 f"{leaf_name} must have rows of shape {a.shape[1:]} as {side} has, but has {b.shape[1:]}; check load()"
@@ -177,14 +192,18 @@ def _check_alike(name: str, side: str, ours: tuple[Structure, Any], theirs: tupl
             raise DataError(f"{leaf_name} must be {a.dtype} as {side} is, but is {b.dtype}; convert it in load()")
 
 
-def _stacked(leaves: list[Array]) -> Array:
+def _stacked(leaves: list[Any]) -> Any:
+    if isinstance(leaves[0], Files):
+        return leaves[0].joined(*leaves[1:])
     text = leaves[0].dtype.kind == "U"
     dtype = np.result_type(*leaves) if text else leaves[0].dtype
     return np.concatenate(leaves, dtype=dtype, casting="same_kind")
 
 
-def all_finite(leaf: Array) -> bool:
+def all_finite(leaf: Array | Files) -> bool:
     """Whether no value is NaN or infinite."""
+    if isinstance(leaf, Files):
+        return leaf.finite
     if leaf.dtype.kind != "f":
         return True
     return all(bool(np.isfinite(block).all()) for block in _blocks(leaf))
@@ -201,18 +220,33 @@ def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype") or hasattr(value, "to_numpy")
 
 
-def _leaves(value: Any, name: str) -> tuple[Structure, tuple[Array, ...]]:
+def _leaves(value: Any, name: str, leaf: Callable[[Any, str], Any]) -> tuple[Structure, tuple[Any, ...]]:
+    """What a value is made of, each part by ``leaf``."""
     if value is None:
         raise DataError(f"{name} must be arrays, but is None; return Dataset(x, y) from load()")
     if isinstance(value, dict):
         if not value or not all(isinstance(key, str) for key in value):
             raise DataError(f"{name} must be a dict with the names of the model's inputs, but has {list(value)!r}")
         structure = Structure("dict", tuple(value))
-        return structure, tuple(_array(v, f"{name}[{k!r}]") for k, v in value.items())
+        return structure, tuple(leaf(v, f"{name}[{k!r}]") for k, v in value.items())
     if isinstance(value, list | tuple) and value and all(_is_array(v) and np.ndim(v) for v in value):
         structure = Structure("tuple", tuple(f"{name.rpartition('.')[2]}_{k}" for k in range(len(value))))
-        return structure, tuple(_array(v, f"{name}[{k}]") for k, v in enumerate(value))
-    return Structure("array", (name.rpartition(".")[2],)), (_array(value, name),)
+        return structure, tuple(leaf(v, f"{name}[{k}]") for k, v in enumerate(value))
+    return Structure("array", (name.rpartition(".")[2],)), (leaf(value, name),)
+
+
+def _features(value: Any, name: str, decode: Decode | None) -> Array | Files:
+    """One leaf of x: files where it holds paths, and else an array."""
+    column = value.to_numpy() if hasattr(value, "to_numpy") else value
+    if isinstance(column, list | tuple) or (isinstance(column, np.ndarray) and column.dtype.kind in "OU"):
+        if len(column) and all(isinstance(one, os.PathLike) for one in column) and decode is None:
+            raise DataError(
+                f"{name} holds paths, so the module must say what a row is: add `def decode(path):`, which returns an "
+                "array"
+            )
+        if decode is not None and len(column) and all(isinstance(one, str | os.PathLike) for one in column):
+            return Files.given([os.fspath(one) for one in column], decode, name)
+    return _array(value, name)
 
 
 def _leaf_names(name: str, structure: Structure) -> list[str]:
@@ -290,8 +324,8 @@ def _column(value: Any, name: str, n: int) -> Array | None:
     return column
 
 
-def row_hashes(leaves: Sequence[Array]) -> Hashes:
-    """A 64-bit hash of every row over all leaves: dtype, shape and bytes.
+def row_hashes(leaves: Sequence[Array | Files]) -> Hashes:
+    """A 64-bit hash of every row over all leaves: dtype, shape and bytes; of a file its bytes alone.
 
     Negative zeros count as zeros. Text counts by its characters, not by the width of its column, so
     that a longer word elsewhere does not change a row.
@@ -301,6 +335,9 @@ def row_hashes(leaves: Sequence[Array]) -> Hashes:
     """
     head = hashlib.blake2b(digest_size=8)
     for leaf in leaves:
+        if isinstance(leaf, Files):
+            head.update(b"file;")
+            continue
         dtype = "text" if leaf.dtype.kind == "U" else leaf.dtype.str
         head.update(f"{dtype}{leaf.shape[1:]};".encode())
     streams = [_row_bytes(leaf) for leaf in leaves]
@@ -313,7 +350,11 @@ def row_hashes(leaves: Sequence[Array]) -> Hashes:
     return out
 
 
-def _row_bytes(leaf: Array) -> Iterator[Any]:
+def _row_bytes(leaf: Array | Files) -> Iterator[Any]:
+    if isinstance(leaf, Files):
+        assert leaf.contents is not None
+        yield from leaf.contents
+        return
     for block in _blocks(leaf):
         if block.dtype.kind == "U":
             yield from (repr(row).encode() for row in block.tolist())

@@ -69,23 +69,23 @@ def _bins(values: Array) -> Codes:
     return np.searchsorted(edges, values, side="right").astype(np.int64)
 
 
-def sizes(rows: int, *, validation: bool = True, test: bool = True) -> dict[int, int]:
+def sizes(rows: int, *, validation: bool = True, test: bool = True, guard: bool = True) -> dict[int, int]:
     """Rows wanted in test, guard and validation, out of ``rows`` that the user has not placed.
 
     Test is 20 % but at most 10,000 rows; what is held out for selection is the same, a fifth of it
     guard, or half of it while a fifth would be under 500 rows.
 
     Args:
-        validation: False if the user supplies validation rows; test: likewise.
+        validation: False if the user supplies validation rows; test, guard: likewise.
     """
     held = max(1, min(round(rows * 0.2), _MOST_TEST_ROWS))
-    guard = round(held * 0.2)
-    if guard < _SMALL_GUARD:
-        guard = max(1, round(held * 0.5))
+    guarding = round(held * 0.2)
+    if guarding < _SMALL_GUARD:
+        guarding = max(1, round(held * 0.5))
     return {
         TEST: held if test else 0,
-        GUARD: guard,
-        VALIDATION: max(1, held - guard) if validation else 0,
+        GUARD: guarding if guard else 0,
+        VALIDATION: max(1, held - guarding) if validation else 0,
     }
 
 

@@ -3,6 +3,8 @@
     WORKSPACE/rows/DIGEST/     features of train, validation and guard, labels of train and validation
     WORKSPACE/sealed/DIGEST/   (0700) guard labels, test features and labels, and the groups, weights and hashes of both
 
+Where rows are files, a folder of them under neutral names is in place of an ``.npy`` of features.
+
 Both are written once, under a digest of everything that shaped them, and never changed.
 """
 
@@ -13,12 +15,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 
 from search.errors import DataError, HeldoutError
+from search.tiers.files import Decode, Files
 from search.tiers.rows import Array, Dataset, Hashes, Rows, Structure
 from search.tiers.split import GUARD, TEST, TIERS, TRAIN, VALIDATION, Tiers
 
@@ -42,6 +46,8 @@ def write(rows: Rows, tiers: Tiers, identities: Hashes, manifest: Mapping[str, A
     index = {number: np.flatnonzero(tiers == number) for number in range(len(TIERS))}
     if rows.time is not None:
         index = {number: at[np.argsort(rows.time[at], kind="stable")] for number, at in index.items()}
+    elif files := [leaf for leaf in rows.x if isinstance(leaf, Files)]:
+        index = {number: files[0].order(at) for number, at in index.items()}
     pool = np.concatenate([index[TRAIN], index[VALIDATION], index[GUARD]])
     named = pool[: len(pool) - len(index[GUARD])]
     (home.parent).mkdir(parents=True, exist_ok=True)
@@ -51,6 +57,10 @@ def write(rows: Rows, tiers: Tiers, identities: Hashes, manifest: Mapping[str, A
     public = Path(tempfile.mkdtemp(prefix=".tmp-", dir=home.parent))
     try:
         for k, leaf in enumerate(rows.x):
+            if isinstance(leaf, Files):
+                leaf.place(secret / f"test_x_{k}", index[TEST], len(index[TEST]), 0o600)
+                leaf.place(public / f"x_{k}", pool, len(index[GUARD]))
+                continue
             _save(secret / f"test_x_{k}.npy", leaf, index[TEST], 0o600)
             _save(public / f"x_{k}.npy", leaf, pool)
         for k, leaf in enumerate(rows.y):
@@ -107,6 +117,11 @@ def merged(home: Path, sealed: Path, tiers: Sequence[str], folder: Path) -> None
         _write(folder / f"{name}.npy", leaves, [np.arange(len(leaf)) for leaf in leaves], 0o600)
 
     for k in range(rows._leaf_count("x")):
+        if (spec := rows.spec_of(k)) is not None:
+            parts = [home / f"x_{k}", *(sealed / f"{tier}_x_{k}" for tier in added if tier == "test")]
+            files = [Files.stored(part, spec, None) for part in parts]
+            Files.chained(files).place(folder / f"x_{k}", np.arange(sum(map(len, files))), 0)
+            continue
         save(f"x_{k}", home / f"x_{k}.npy", *(sealed / f"{tier}_x_{k}.npy" for tier in added if tier == "test"))
     for k in range(rows._leaf_count("y")):
         save(f"y_{k}", home / f"y_{k}.npy", *(sealed / f"{tier}_y_{k}.npy" for tier in added))
@@ -164,8 +179,8 @@ def _write(path: Path, leaves: Sequence[Array], at: Sequence[Array], mode: int) 
 
 
 class _Stored:
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, decode: Decode | None = None) -> None:
+        self.path, self.decode = Path(path), decode
         try:
             self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
         except FileNotFoundError as error:
@@ -176,6 +191,11 @@ class _Stored:
     def _map(self, name: str) -> Array:
         return cast(Array, np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False))
 
+    def spec_of(self, leaf: int) -> dict[str, Any] | None:
+        """``Files.spec`` of a leaf of x whose rows are files; None of an array."""
+        files = self.manifest["x"].get("files")
+        return None if files is None else cast(dict[str, Any] | None, files[leaf])
+
     def _structure(self, side: str) -> Structure:
         spec = self.manifest[side]
         return Structure(spec["kind"], tuple(spec["names"]))
@@ -183,7 +203,9 @@ class _Stored:
     def _files(self, side: str, stem: str, index: str | None = None) -> dict[str, Any]:
         structure = self._structure(side)
         paths = [str(self.path / f"{stem}_{k}.npy") for k in range(len(structure.names))]
-        named = {} if index is None else {"index": str(self.path / f"{index}.npy")}
+        named: dict[str, Any] = {} if index is None else {"index": str(self.path / f"{index}.npy")}
+        if side == "x" and "files" in self.manifest["x"]:
+            named["files"] = self.manifest["x"]["files"]
         return {"kind": structure.kind, "names": list(structure.names), "paths": paths, **named}
 
     def _leaf_count(self, side: str) -> int:
@@ -197,12 +219,14 @@ class OpenRows(_Stored):
 
     Args:
         path: The folder ``WORKSPACE/rows/DIGEST``.
+        decode: The module's ``decode(path)``, without which rows that are files cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, decode: Decode | None = None) -> None:
+        super().__init__(path, decode)
         self._index = {name: self._map(name) for name in TIERS[:TEST]}
-        self._x = tuple(self._map(f"x_{k}") for k in range(self._leaf_count("x")))
+        named = ((self.path / f"x_{k}.npy", self.spec_of(k)) for k in range(self._leaf_count("x")))
+        self._x = tuple(_leaf(path, spec, decode) for path, spec in named)
         self._y = tuple(self._map(f"y_{k}") for k in range(self._leaf_count("y")))
 
     def size(self, tier: str) -> int:
@@ -217,8 +241,8 @@ class OpenRows(_Stored):
             )
         return self._index[tier]
 
-    def pool(self) -> tuple[Array, ...]:
-        """Feature leaves of train, validation and guard rows, memory-mapped and read-only."""
+    def pool(self) -> tuple[Array | Files, ...]:
+        """Feature leaves of train, validation and guard rows, memory-mapped and read-only, or files."""
         return self._x
 
     def features(self, tier: str, rows: Array | None = None) -> Any:
@@ -249,7 +273,12 @@ class OpenRows(_Stored):
     def nbytes(self, tier: str) -> int:
         """Bytes that a tier's features, and labels where they are open, take when copied."""
         leaves = self._x if tier == "guard" else (*self._x, *self._y)
-        return self.size(tier) * sum(leaf[:1].nbytes for leaf in leaves)
+        return int(self.size(tier) * sum(leaf.nbytes // len(leaf) for leaf in leaves))
+
+    def feature_files(self, tier: str) -> dict[str, Any]:
+        """Features of train, validation or guard as paths, JSON, for ``open_structure``."""
+        self.index(tier)
+        return self._files("x", "x", tier)
 
     def label_files(self, tier: str) -> dict[str, Any]:
         """Train or validation labels as paths, JSON, for ``load_structure``."""
@@ -302,7 +331,7 @@ class SealedRows(_Stored):
         return self._files("y", f"{tier}_y")
 
     def feature_files(self, tier: str = "test") -> dict[str, Any]:
-        """Test features as paths, JSON, for ``load_structure``."""
+        """Test features as paths, JSON, for ``open_structure``."""
         if tier != "test":
             raise ValueError(f"sealed features are those of test, but {tier!r} was asked for; use OpenRows")
         return self._files("x", f"{tier}_x")
@@ -312,8 +341,42 @@ class SealedRows(_Stored):
             raise ValueError(f"rows of guard and test are sealed, but {tier!r} was asked for; use OpenRows")
 
 
+@dataclass(frozen=True)
+class Tier:
+    """Rows of one tier where they lie: ``rows[at]`` has copies of some of them, in the structure of x or y."""
+
+    structure: Structure
+    leaves: tuple[Array | Files, ...]
+    index: Array | None
+
+    def __len__(self) -> int:
+        return len(self.leaves[0] if self.index is None else self.index)
+
+    def __getitem__(self, rows: Any) -> Any:
+        at = rows if self.index is None else self.index[rows]
+        return self.structure.packed([np.array(leaf[at]) for leaf in self.leaves])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its rows when they are copied."""
+        return len(self) * sum(leaf.nbytes // len(leaf) for leaf in self.leaves)
+
+
+def _leaf(path: Path, spec: dict[str, Any] | None, decode: Decode | None) -> Any:
+    """A mapped ``.npy``, or, with a spec, the files in the folder that is in its place."""
+    if spec is not None:
+        return Files.stored(path.with_suffix(""), spec, decode)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def open_structure(files: Mapping[str, Any], decode: Decode | None = None) -> Tier:
+    """What ``label_files`` or ``feature_files`` named; ``decode``: the module's, for rows that are files."""
+    index = np.load(files["index"], allow_pickle=False) if "index" in files else None
+    specs = files.get("files") or [None] * len(files["paths"])
+    leaves = (_leaf(Path(path), spec, decode) for path, spec in zip(files["paths"], specs, strict=True))
+    return Tier(Structure(files["kind"], tuple(files["names"])), tuple(leaves), index)
+
+
 def load_structure(files: Mapping[str, Any]) -> Any:
     """Arrays in memory from what ``label_files`` or ``feature_files`` named, in the structure of x or y."""
-    at = np.load(files["index"], allow_pickle=False) if "index" in files else slice(None)
-    leaves = [np.array(np.load(path, mmap_mode="r", allow_pickle=False)[at]) for path in files["paths"]]
-    return Structure(files["kind"], tuple(files["names"])).packed(leaves)
+    return open_structure(files)[:]
