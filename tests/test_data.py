@@ -210,6 +210,21 @@ def test_the_users_own_tiers_are_taken_as_given(tmp_path):
     assert (sealed.features("test") == x[600:]).all() and (sealed.labels("test") == y[600:]).all()
 
 
+def test_guard_rows_of_the_users_are_taken_as_given(tmp_path):
+    x, y = problem(700)
+    own = Dataset(x[:500], y[:500], guard=(x[500:600], y[500:600]), test=(x[600:], y[600:]))
+    manifest, rows, sealed = stored(tmp_path, own)
+    assert manifest["tiers"] == {"train": 450, "validation": 50, "guard": 100, "test": 100}
+    assert manifest["supplied"] == ["guard", "test"]
+    assert (rows.features("guard") == x[500:600]).all() and (sealed.labels("guard") == y[500:600]).all()
+    guard = x[500:600].copy()
+    guard[4] = x[3]
+    twice = Dataset(x[:500], y[:500], guard=(guard, y[500:600]))
+    assert "1 row (4) of guard" in refusal(twice, tmp_path / "other")
+    early = Dataset(x[:500], y[:500], time=np.arange(500), guard=Dataset(x[500:], y[500:], time=np.arange(200)))
+    assert "guard rows must be later than all train rows" in refusal(early, tmp_path / "other")
+
+
 def test_rows_of_the_users_tiers_that_are_elsewhere_too_are_an_error(tmp_path):
     x, y = problem(700)
     test = x[600:].copy()

@@ -145,6 +145,8 @@ def test_every_output_has_its_file(tmp_path: Path) -> None:
 
 def test_preprocessing_adapts_to_batches_as_to_arrays(tmp_path: Path) -> None:
     running = Running(tmp_path, "adapting", **FILES)
+    mapped = feeding.for_preprocess(Running(tmp_path, "mapping", **STREAMS).rows, 0).x
+    assert isinstance(mapped, np.memmap) and mapped.shape == (160, 4) and not mapped.flags.writeable
     means = []
     for budget in (1 << 30, 0):
         train = feeding.for_preprocess(running.rows, budget)

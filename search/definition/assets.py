@@ -108,26 +108,22 @@ def keep(assets: Sequence[Asset] | None, folder: Path) -> None:
     """Copy assets into ``folder``, under ``assets/``.
 
     Raises:
-        OSError: The disk is full or the folder cannot be written.
+        RequestError: The disk is full or the folder cannot be written.
     """
     for asset in assets or ():
-        to = _copy_of(asset, folder)
-        if to.exists():
-            continue
-        to.parent.mkdir(parents=True, exist_ok=True)
-        _copied(Path(asset["path"]), to)
+        if not (to := _copy_of(asset, folder)).exists():
+            _copied(Path(asset["path"]), to)
 
 
 def restore(assets: Sequence[Asset] | None, folder: Path) -> None:
     """Put back from the copies in ``folder`` what is gone, as after a cache was cleared; changes nothing that is there.
 
     Raises:
-        OSError: The disk is full or the place cannot be written.
+        RequestError: The disk is full or the place cannot be written.
     """
     for asset in assets or ():
         path, copy = Path(asset["path"]), _copy_of(asset, folder)
         if not path.exists() and copy.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             _copied(copy, path)
 
 
@@ -138,7 +134,6 @@ def ship(assets: Sequence[Asset] | None, folder: Path, out: Path) -> list[dict[s
         source, name = _copy_of(asset, folder), Path(COPIES) / Path(asset["path"]).name
         if (out / name).exists():  # two of one name
             name = name.with_name(f"{asset['digest'][:8]}-{name.name}")
-        (out / COPIES).mkdir(exist_ok=True)
         _copied(source if source.exists() else Path(asset["path"]), out / name)
         shipped.append({"file": str(name), "path": asset["path"], "digest": asset["digest"]})
     return shipped
@@ -187,10 +182,13 @@ def _copy_of(asset: Asset, folder: Path) -> Path:
 
 def _copied(source: Path, to: Path) -> None:
     """Copy a file or a folder, its times too, so that it is there whole or not at all."""
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=to.parent))
     try:
-        part = temporary / to.name
-        shutil.copytree(source, part) if source.is_dir() else shutil.copy2(source, part)
-        os.rename(part, to)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=to.parent) as temporary:
+            part = Path(temporary) / to.name
+            shutil.copytree(source, part) if source.is_dir() else shutil.copy2(source, part)
+            os.rename(part, to)
+    except OSError as error:
+        raise RequestError(
+            f"the asset {source} must be copied to {to}, but {error.strerror or error}; make room or give access there"
+        ) from error

@@ -68,10 +68,13 @@ def parts(rows: OpenRows, tier: str, preprocess: keras.Model | None) -> Iterator
 def for_preprocess(rows: OpenRows, budget: int) -> Dataset:
     """The train rows for the module's ``preprocess(train)``.
 
-    Where they take more than ``budget`` bytes, ``x`` is a ``tf.data.Dataset`` of batches; layers adapt to that as well.
+    Where they take more than ``budget`` bytes, ``x`` is mapped, or, if rows are files, a ``tf.data.Dataset`` of
+    batches; layers adapt to that as well.
     """
     if rows.nbytes("train") <= budget:
         return rows.dataset("train")
+    if "files" not in rows.manifest["x"]:
+        return Dataset(rows.mapped("train"), rows.labels("train"), sample_weight=rows.weights())
     import tensorflow as tf
 
     like = keras.tree.map_structure(lambda part: part[:0], rows.features("train", np.arange(1)))

@@ -381,7 +381,7 @@ def predict(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> 
     x = rows[:] if rows.nbytes <= payload["budget"] else None
 
     def take(at: Any = None) -> Any:
-        return feeding.as_fed(rows[at] if x is None else x)
+        return rows[at] if x is None else feeding.as_fed(x)
 
     out: dict[str, list[str]] = {}
     for name, path in payload["models"].items():

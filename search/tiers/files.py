@@ -118,8 +118,8 @@ class Files:
                 contents[at] = np.frombuffer(digest(path).digest(), dtype=np.uint8)
             except OSError as error:
                 raise DataError(
-                    f"{name} must hold paths of files, but {path} cannot be read ({error.strerror or error}); "
-                    "check the paths in load()"
+                    f"{name} must hold paths of files, as the module has decode(path), but {path} cannot be read "
+                    f"({error.strerror or error}); check the paths in load()"
                 ) from error
         return cls(paths, decode, (len(paths),), contents=contents)
 

@@ -250,6 +250,13 @@ class OpenRows(_Stored):
         at = self._at(tier, rows)
         return self._structure("x").packed([leaf[at] for leaf in self._x])
 
+    def mapped(self, tier: str) -> Any:
+        """A tier's features without a copy, read-only, where its rows lie together; else as ``features``."""
+        index = self.index(tier)
+        if not np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+            return self.features(tier)
+        return self._structure("x").packed([leaf[index[0] : index[0] + len(index)] for leaf in self._x])
+
     def labels(self, tier: str, rows: Array | None = None) -> Any:
         """Copies of the labels of train or validation rows, in the structure of y.
 

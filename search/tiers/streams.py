@@ -85,7 +85,7 @@ class Spool:
             seen.append(self._put(batch, name))
             labels.append(batch.y)
             weights.append(batch.weight)
-        if not seen:
+        if not any(map(len, seen)):
             raise DataError(f"{name} must give rows, but {_called(dataset.x)} gave none")
         hashes = np.concatenate(seen)
         self._count += len(hashes)
@@ -107,7 +107,7 @@ class Spool:
         if self._structure is None:
             self._parent.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self._parent))
-            self._structure, self._like = batch.structure, [leaf[:0] for leaf in batch.x]
+            self._structure, self._like = batch.structure, [leaf[:0].copy() for leaf in batch.x]
             self._files = [(self._folder / f"{k}.raw").open("wb") for k in range(len(batch.x))]
         leaves = self._fitting(batch, name)
         for file, leaf in zip(self._files, leaves, strict=True):
