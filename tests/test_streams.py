@@ -151,7 +151,7 @@ def raising(x, y):
         (lambda x, y: Dataset(lambda: as_tf(x)), ["(x, y) or (x, y, sample_weight)", "ndarray"]),
         (lambda x, y: Dataset(lambda: as_tf(x, y), y), ["features only", "2 parts"]),
         (lambda x, y: Dataset(lambda: as_tf(x), y[:-5]), ["x has 600", "y has 595"]),
-        (lambda x, y: Dataset(lambda: as_tf(x.astype(str)), y), ["numbers of one shape", "object"]),
+        (lambda x, y: Dataset(lambda: as_tf(x.astype(str)), y), ["numbers of one shape", "encode text"]),
         (lambda x, y: Dataset(lambda: as_tf(x, y), test=Dataset(lambda: as_tf(x, y))), ["labels of test", "sealed"]),
         (lambda x, y: Dataset(lambda: as_tf(x, y), guard=(lambda: as_tf(x, y), y)), ["guard.x must give features"]),
         (lambda x, y: Dataset(lambda: as_tf(x, y), test=(x + 1, y)), ["must all be functions, or none"]),
