@@ -75,20 +75,18 @@ def test_a_saved_backbone_is_read_once_however_often_the_space_is_built(saved: s
 
 
 def test_a_model_that_a_build_changes_is_made_anew_for_the_next(saved: str) -> None:
-    depths = []
+    depths: list[int] = []
+    stacked = saved.replace("backbone", "stack")
+    keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(2)]).save(stacked)
 
     def build(hp: Any) -> keras.Model:
-        inner = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(2)])
-        del inner
-        model = keras.models.load_model(saved.replace("backbone", "stack"))
+        model = keras.models.load_model(stacked)
         depths.append(len(model.layers))
         model.pop()
         model.add(keras.layers.Dense(hp.Int("units", 2, 5)))
         model.add(keras.layers.Dense(hp.Int("more", 2, 5)))
         return model
 
-    stack = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(2)])
-    stack.save(saved.replace("backbone", "stack"))
     with backbones.made_once() as memory:
         assert found(backbones.building(build, memory))[0] == {"units", "more"}
     assert set(depths) == {2}
