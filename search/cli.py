@@ -78,9 +78,11 @@ def launch(space: str, as_json: bool, **asked: Any) -> None:
     SPACE is a Python file, a dotted module, or the name of a shipped space.
     """
     from search.study import StudyConfig
+    from search.tiers.validation import parse
     from search.wiring import launch as run
 
-    with watching(_trainings(StudyConfig(space=space, **asked)), as_json) as watcher:
+    config = StudyConfig(space=space, **asked)
+    with watching(_trainings(config), as_json, step=parse(config.validation).step) as watcher:
         study = run(space, watcher=watcher, **asked)
     finished(study, as_json)
 
@@ -99,13 +101,15 @@ def resume(study: str, workspace: str | None, as_json: bool, **asked: Any) -> No
     from search.resuming import extended
     from search.resuming import resume as run
     from search.study import Study, config_of
+    from search.tiers.validation import parse
 
-    stopped, plan = Study(study, workspace), None
+    stopped, plan, step = Study(study, workspace), None, "epoch"
     with stopped.journal() as journal:
         if journal.get("study") is not None:
-            plan = _trainings(extended(config_of(journal), asked["trials"]))
+            config = extended(config_of(journal), asked["trials"])
+            plan, step = _trainings(config), parse(config.validation).step
     ended = [trial for trial in stopped.trials if trial.state.is_finished]
-    with watching(plan, as_json, ended) as watcher:
+    with watching(plan, as_json, ended, step) as watcher:
         found = run(study, workspace=workspace, watcher=watcher, **asked)
     finished(found, as_json)
 

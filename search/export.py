@@ -250,7 +250,7 @@ def _written(
         "assets": shipped,
         "decoded": "files" in prepared["manifest"]["x"],
         "objective": meta["objective"],
-        **_scores(journal, executor, watcher, prepared, model, _corrected(journal, trial)),
+        **_scores(journal, executor, watcher, prepared, trial, model),
         "exported": datetime.now(UTC).isoformat(timespec="seconds"),
         "format": format,
     }
@@ -265,22 +265,23 @@ def _scores(
     executor: Executor,
     watcher: Watcher,
     prepared: dict[str, Any],
+    trial: Trial,
     model: dict[str, Any],
-    seen: dict[str, Any],
 ) -> dict[str, Any]:
     """The scores of the exported file by tier, and the ``batch_size`` that they were made with.
 
     Guard rows speak for the winner and the baseline alone: with everybody's scores one could choose by them.
-    ``scores`` has no tier that the model was trained on. A model that was trained on every row has no ``scores``; the
-    scores of the search's model are under ``refitted_from`` then.
+    ``scores`` has no tier that the model was trained on. Where the trial was judged by another plan than the stored
+    split, its recorded validation score stands in, with that plan and its label. A model that was trained on every row
+    has no ``scores``; the scores of the search's model are under ``refitted_from`` then.
     """
-    meta = journal.get("study")
+    meta, seen, plan = journal.get("study"), _corrected(journal, trial), prepared["validation"]
     judge = RowJudge(Path(prepared["rows"]), Path(prepared["sealed"]), meta["objective"], prepared["problem"])
     metric = scoring.resolve(meta["objective"], model["declaration"])
     scores: dict[str, Any] = {}
     files: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory(prefix="heldout-score-") as scratch:
-        for tier in ("validation", "guard"):
+        for tier in ("validation", "guard") if plan is None else ("guard",):
             found = predict_file(executor, watcher, prepared, {"model": model}, tier, Path(scratch))
             if model.get("final"):  # seen to load and predict in another process; a score would mean nothing
                 break
@@ -292,11 +293,13 @@ def _scores(
             asked = {
                 "problem": prepared["problem"],
                 "objective": meta["objective"],
-                "sets": judge.sets({"predictions": files}),
+                "sets": {tier: judge.set_of(tier, paths) for tier, paths in files.items()},
             }
             job = Job("score-export", "score", asked)
             values = jobs.call(executor, job, watcher, executor.slots[0])["values"]
-            scores = {tier: {"score": values[tier]} for tier in ("validation", *(["guard"] if seen else []))}
+            scores = {tier: {"score": values[tier]} for tier in values if tier != "guard" or seen}
+    if plan is not None and not model.get("final"):
+        scores = {"validation": {"score": trial.score, "plan": plan["plan"], "label": "optimistic"}} | scores
     if "guard" in scores:
         scores["guard"] = seen["guard"] | scores["guard"]
     if model.get("final") == "all":
@@ -373,7 +376,10 @@ def _believe(lineage: Mapping[str, Any]) -> list[str]:
             "these would say nothing and are left out."
         )
     else:
-        chosen = "The validation score helped to choose the model, so it flatters."
+        judged = (scores.get("validation") or {}).get("plan")
+        of = "" if judged is None else f" by {judged}"
+        worth = "flatters" if judged is None else "is optimistic"
+        chosen = f"The validation score{of} helped to choose the model, so it {worth}."
         corrected = (scores.get("guard") or {}).get("corrected")
         if corrected is not None and corrected["interval"] is not None:
             low, high = (number(end) for end in corrected["interval"])
@@ -404,5 +410,6 @@ def _table(lineage: Mapping[str, Any], scores: Mapping[str, Any], *before: str) 
     for tier in (tier for tier in ("validation", "guard", "test") if tier in scores):
         again = lineage.get("final") == "all" and scores[tier].get("final") == "retrain"
         name = f"{tier} (refitted on train, validation and guard)" if again else tier
+        name += f" ({scores[tier]['plan']}, optimistic)" if "plan" in scores[tier] else ""
         lines.append(f"| {name} | {number(scores[tier]['score'])} |")
     return [*before, *lines]

@@ -23,6 +23,7 @@ from search.processes import devices, jobs
 from search.samplers import check_space, get_sampler
 from search.scorer.judge import check_tiers
 from search.study import StudyConfig, make_workspace, workspace_folder
+from search.tiers.validation import parse
 from search.trial import Value, seed_for
 
 
@@ -32,10 +33,10 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
     Returns:
         ``space`` (parameters with their domains), ``complete`` (whether discovery finished), ``data`` (the
         manifest of the rows), ``objective``, ``direction``, ``reported``, ``disagreement`` (see
-        ``scoring.disagreement_line``), ``size``, ``trials``, ``confirmation`` (trainings after them), ``slots``,
-        ``epochs``, ``epoch_seconds`` of the default model, ``estimate_seconds`` of the plan, were all trainings like
-        it, ``openings`` (of the test rows so far), and ``shows`` (the smallest
-        gain and gap that the next one could show).
+        ``scoring.disagreement_line``), ``size``, ``trials``, ``validation`` (the plan, see ``folds.write``, or None),
+        ``confirmation`` (trainings after them), ``slots``, ``epochs``, ``epoch_seconds`` of the default model,
+        ``estimate_seconds`` of the plan, were all trainings like it, ``openings`` (of the test rows so far), and
+        ``shows`` (the smallest gain and gap that the next one could show).
 
     Raises:
         RequestError: As ``launch`` would.
@@ -55,7 +56,8 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
         starting = (slots, problem, Path(scratch), config.start_method, config.env)
         with jobs.start_executor(*starting) as executor:
             # Not to the watcher: the answer has the warnings, in its manifest.
-            prepared = jobs.prepare(executor, problem, workspace, Path(scratch), config.split_seed, Silent())
+            rows = workspace, Path(scratch), config.split_seed, Silent(), config.validation
+            prepared = jobs.prepare(executor, problem, *rows)
             asked = {"problem": problem.to_json(), "seconds": jobs.DISCOVERY_SECONDS}
             found = jobs.call(executor, Job("discover", "discover", asked, env=NO_GPU), watcher)
             discovered = Space.from_json(found["space"])
@@ -65,6 +67,7 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
                 "seed": 0,
                 "default": True,
                 "deterministic": config.deterministic,
+                **jobs.first_split(prepared),
             }
             ready = time.monotonic()
             seen = jobs.call(executor, Job("check", "check", payload), watcher, slot=executor.slots[0])
@@ -74,7 +77,7 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
     again, tiers = config.confirmation(), prepared["manifest"]["tiers"]
     opened = jobs.openings(prepared)
     planned = verdicts.planned(seen["objective_kind"], tiers["guard"], tiers["test"], opened + 1)
-    seconds = trial + (int(epochs) - 2) * seen["epoch_seconds"]
+    seconds = (trial + (int(epochs) - 2) * seen["epoch_seconds"]) * parse(config.validation).trainings
     return {
         "name": problem.name,
         "space": {key: p.domain.to_json() | {"conditions": p.conditions} for key, p in discovered.parameters.items()},
@@ -88,6 +91,7 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
         "epochs": int(epochs),
         "epoch_seconds": seen["epoch_seconds"],
         "trials": config.trials,
+        "validation": prepared["validation"],
         "openings": opened,
         "shows": None if planned is None else dataclasses.asdict(planned),
         "confirmation": {"finalists": again.finalists, "seeds": again.seeds, "runs": again.runs},

@@ -13,9 +13,9 @@ from typing import Any
 from search.definition.problem import Problem
 from search.errors import DataError, RequestError, StudyError, TrialFailed
 from search.executors import Executor, Job, Slot
-from search.harness import worker
+from search.harness import loading
 from search.loop.attempt import Verdict
-from search.loop.pruners import Pruning, get_pruner
+from search.loop.pruners import Curve, Folds, Pruning, get_pruner
 from search.loop.watcher import Silent, Watcher
 from search.processes import devices, jobs
 from search.record.journal import Journal
@@ -84,7 +84,7 @@ def reproduce(study: Study, trial: int, *, watcher: Watcher | None = None) -> Fo
         "reports": _compared(record.reports, reports),
         "weights": equal,
         "noise_floor": record.noise_floor,
-        "versions": _changed(record.versions, worker.versions()),
+        "versions": _changed(record.versions, loading.versions()),
     }
     outcome, said = _outcome(found, len(record.reports) == len(reports))
     kept = ("exact", "same_score", "within_noise", "failed_again")
@@ -139,9 +139,11 @@ def _trained(
         "proposal": record.proposal,
         "default": trial.number == 0,
         "deterministic": record.config.deterministic,
+        **jobs.split_of(prepared, trial.seed),
     }
     asked = prepared["objective"], prepared["direction"], trial.epochs
-    pruning = Pruning(get_pruner("asha"), *asked, lambda: trial.epochs + 1)
+    curve = Folds if "folds" in payload else Curve
+    pruning = Pruning(get_pruner("asha"), *asked, lambda: trial.epochs + 1, curve)
     if trial.state is TrialState.PRUNED:  # and so it is stopped at the same epoch again
         payload["rungs"] = pruning.rungs(trial)
     reports: dict[int, Mapping[str, float]] = {}
@@ -190,8 +192,9 @@ def _score(executor: Executor, watcher: Watcher, record: _Record, result: dict[s
     """On validation rows; what the judge says of guard rows ends here."""
     prepared = record.prepared
     rows = Path(prepared["rows"]), Path(prepared["sealed"])
-    judge = RowJudge(*rows, prepared["objective"], prepared["problem"], baseline=lambda: record.baseline)
-    verdict = judge.judge(result)
+    asked = prepared["objective"], prepared["problem"]
+    judge = RowJudge(*rows, *asked, baseline=lambda: record.baseline, validation=prepared["validation"])
+    verdict = judge.judge({**result, "seed": record.trial.seed})
     if not isinstance(verdict, Verdict):
         job = Job("reproduce-score", "score", verdict)
         verdict = judge.settle(jobs.call(executor, job, watcher, executor.slots[0]))

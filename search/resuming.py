@@ -254,7 +254,8 @@ def _adopt(
     old = places.prepared(journal)
     place = study.folder / places.TEXTS / problem.digest[:12]
     place.mkdir(parents=True, exist_ok=True)
-    new = jobs.prepare(executor, problem, study.workspace, place, plan.split_seed, watcher)
+    rows = study.workspace, place, plan.split_seed, watcher, plan.validation
+    new = jobs.prepare(executor, problem, *rows)
     for what, then, now in (
         ("rows", old["manifest"]["digest"], new["manifest"]["digest"]),
         ("objective", old["objective"], new["objective"]),
@@ -268,8 +269,9 @@ def _adopt(
     asked = {"problem": problem.to_json(), "seconds": jobs.DISCOVERY_SECONDS}
     found = jobs.call(executor, Job("discover", "discover", asked, env=NO_GPU), watcher)
     payload = jobs.base_payload(new, place) | {"epochs": 1, "seed": plan.seed, "default": True}
+    payload |= jobs.first_split(new)
     jobs.call(executor, Job("check", "check", payload), watcher, slot=executor.slots[0])
-    kept = ("problem", "preprocess")
+    kept = ("problem", "preprocess", "validation")
     texts = journal.get("texts") or {journal.get("study")["space"]["digest"]: {key: old[key] for key in kept}}
     texts.setdefault(recorded.digest, {key: old[key] for key in kept})
     # A text that was taken back before keeps its preprocessing, since models were trained on it.

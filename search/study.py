@@ -23,6 +23,7 @@ from search.record import disk, journal_file
 from search.record.journal import Journal
 from search.record.lock import driver_of
 from search.samplers import AUTO, default_for
+from search.tiers.validation import HOLDOUT, parse
 from search.trial import Trial, best
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class StudyConfig:
         gpus_per_trial: GPUs that one trial gets.
         seed: Of proposals and trainings; never moves a row between tiers.
         split_seed: Of the split of rows into tiers.
+        validation: How a configuration is judged, see ``validation.parse``: by the stored split (``"holdout"``), by
+            folds (``"kfold:5"``), by several splits (``"repeated:3"``) or by one of its own (``"reshuffle"``).
         study: The study's name, or None for the space's name and a number.
         epochs: Overrides the module's number of epochs.
         trial_timeout: Seconds that a training may take, or None.
@@ -97,6 +100,7 @@ class StudyConfig:
     gpus_per_trial: int | None = None
     seed: int = 0
     split_seed: int = 0
+    validation: str = HOLDOUT
     study: str | None = None
     epochs: int | None = None
     trial_timeout: float | None = None
@@ -168,6 +172,7 @@ class StudyConfig:
         object.__setattr__(self, "env", secrecy.check_variables(self.env))
         if self.max_disk is not None and disk.parse_size(self.max_disk, "--max-disk") <= 0:
             raise RequestError(f"--max-disk must be above 0, but got {self.max_disk!r}")
+        object.__setattr__(self, "validation", str(parse(self.validation)))
         if self.study is not None:
             check_name(self.study)
 

@@ -88,7 +88,8 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
             journal = Journal.create(folder / "journal.sqlite", {})
             try:
                 with publishing.start(folder, uri) as tracker:
-                    prepared = jobs.prepare(executor, problem, workspace, folder, config.split_seed, watcher)
+                    asked_rows = (workspace, folder, config.split_seed, watcher, config.validation)
+                    prepared = jobs.prepare(executor, problem, *asked_rows)
                     if (earlier := jobs.openings(prepared)) and config.evaluate == "auto":
                         watcher.say(
                             f"these test rows have been opened {times(earlier)} before: this study will leave "
@@ -194,6 +195,7 @@ def drive(
         keep=folder / "guard",
         baseline=lambda: (journal.get("preflight") or {}).get("declaration"),
         errors=config.stop_after_stale is not None,
+        validation=prepared["validation"],
     )
     pruning = jobs.pruning(config, prepared, journal)
 
@@ -203,7 +205,9 @@ def drive(
             place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk.failure(place, error) from error
-        return jobs.base_payload(jobs.prepared_for(journal, trial), place, len(executor.slots)) | {
+        ready = jobs.prepared_for(journal, trial)
+        return jobs.base_payload(ready, place, len(executor.slots)) | {
+            **jobs.split_of(ready, trial.seed),
             "epochs": config.epochs,
             "seed": trial.seed,
             "proposal": proposal,

@@ -22,12 +22,13 @@ LAYERS = (
     {"errors"},
     {"secrecy", "moving", "stylesheet"},
     {"trial", "disk", "channel", "problem", "files", "metrics", "chain", "journal_copy", "lock", "svg"},
+    {"validation"},
     {"rows", "assets", "domain", "traces", "ranks", "intervals", "ledger"},
     {"template", "publishing", "watcher", "finalists"},
     {"split", "streams", "journal_file", "usage", "retries", "surroundings", "supervision", "pruners", "ends"},
     {"space", "store", "leakage"},
-    {"data", "failing", "rungs"},
-    {"history", "tracing", "declaration", "scoring"},
+    {"data", "failing", "rungs", "folds"},
+    {"history", "tracing", "declaration", "scoring", "folding"},
     {"fused", "checkpoints", "best_epoch", "own_fit"},
     {"feeding", "few_errors"},
     {"journal", "statistics", "salvage"},
@@ -36,7 +37,8 @@ LAYERS = (
     {"publisher", "verdicts", "candidates", "places"},
     {"samplers", "executors", "keeping", "tracking", "registry", "training", "selection"},
     {"predicting", "backbones", "custom_metric", "preflight", "study", "devices", "slots", "discovery", "recording"},
-    {"attempt", "agenda", "warm_start"},
+    {"attempt", "agenda", "warm_start", "preprocessing"},
+    {"loading"},
     {"driver"},
     {"judge", "worker", "stopping", "repairing", "lifecycle", "removing", "reserving"},
     {"jobs", "belief", "picture", "garbage"},
@@ -73,6 +75,8 @@ STDLIB_ONLY = {
     *("usage", "retries", "surroundings", "supervision", "recording", "slots", "discovery", "attempt"),
     *("enqueueing", "warm_start", "lock", "stopping", "salvage", "repairing", "secrecy", "watcher"),
     *("places", "disk", "assets", "keeping", "lifecycle", "garbage", "reserving", "pruners", "ends", "agenda"),
+    # A trial's own process, which trainings are forked from.
+    *("validation", "folding"),
 }
 
 # Files of such a part that nothing loads but their name, once a study asks for that sampler.
@@ -82,8 +86,7 @@ BY_NAME = {"samplers/gp.py", "samplers/gaussian_process.py", "samplers/chart.py"
 SLOW = {
     "keras": {
         *("training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric", "checkpoints"),
-        *("best_epoch", "own_fit"),
-        *("predicting", "backbones"),
+        *("best_epoch", "own_fit", "predicting", "backbones", "preprocessing"),
     },
     "keras_tuner": {"tracing"},
     "mlflow": {"tracking", "publisher", "removing"},
@@ -99,7 +102,10 @@ SLOW = {
 }
 
 # Files of trial-side and tracking processes that get a slow import from another file's top.
-MAY_REACH = {"mlflow": {"tracking"}, "keras_tuner": {"training", "preflight", "custom_metric", "predicting"}}
+MAY_REACH = {
+    "mlflow": {"tracking"},
+    "keras_tuner": {"training", "preflight", "custom_metric", "predicting", "preprocessing"},
+}
 
 # Processes of their own end without unwinding: a forked child must not run its parent's exit handlers.
 MAY_LEAVE_AT_ONCE = {"channel", "template", "tracking", "removing"}

@@ -120,9 +120,14 @@ def _reused(test: Found | None) -> str:
 def _estimated(found: Found, words: _Words) -> str:
     best, corrected, winner = found["best"]["validation"], found["corrected"], found["winner"]
     only = found["trials"]["complete"] + found["trials"]["pruned"] == 1
-    name = f"validation {_metric(found) if found['test'] is None else _name(found)}"
+    plan = found.get("validation")
+    kind = "validation" if plan is None or not plan["plan"].startswith("kfold") else "out-of-fold"
+    name = f"{kind} {_metric(found) if found['test'] is None else _name(found)}"
     said = f"The best {name} of the search, {words.score(best)} (trial {found['best']['trial']}), "
-    said += "comes from its only trial" if only else "tends to flatter, because the search chose by it"
+    if plan is not None and not only:
+        said += f"is optimistic: the search chose by the rows behind it, however they were divided ({plan['plan']})"
+    else:
+        said += "comes from its only trial" if only else "tends to flatter, because the search chose by it"
     if corrected is None:
         if winner is None:
             return f"{said}, and no winner has been chosen yet."

@@ -31,7 +31,8 @@ class Candidate:
         guard: On guard rows.
         parts: What each guard row contributes (see ``metrics.parts``), shape (guard rows, columns), of any float
             type, a memory map if it likes; None for a metric that only Keras can compute.
-        validation: Sums of parts over validation rows, shape (columns,); None for rank metrics and custom ones.
+        validation: Sums of parts over validation rows, shape (columns,); None for rank metrics and custom ones, and
+            where trials are validated by rows of their own, which are not pooled row by row.
     """
 
     trial: int
@@ -82,10 +83,13 @@ class Pool:
         first: Codes = (oriented >= best - _ROUNDING * np.abs(best)).argmax(axis=0)
         return first
 
-    def scores(self, runs: Sequence[Candidate], validation_rows: int, weights: Floats) -> Floats:
+    def scores(self, runs: Sequence[Candidate], validation_rows: float, weights: Floats) -> Floats:
         """Scores over validation rows and weighted guard rows; over guard rows alone if ``validation_rows`` is 0.
 
+        Where there are no sums over validation rows, the mean of the two scores, weighted by rows.
+
         Args:
+            validation_rows: To how many rows the validation score amounts.
             weights: Shape (guard rows, weightings).
 
         Returns:
@@ -94,10 +98,9 @@ class Pool:
         totals = validation_rows + weights.sum(axis=0)
         if self._ranks or self._custom:
             guard = np.stack([self._rank_values(run, weights) for run in runs])
-            score = np.array([run.score for run in runs])[:, None] if validation_rows else 0.0
-            with np.errstate(invalid="ignore"):
-                tiers: Floats = (validation_rows * score + weights.sum(axis=0) * guard) / totals
-            return tiers
+            return self._joined(runs, validation_rows, weights, guard)
+        if validation_rows and any(run.validation is None for run in runs):
+            return self._joined(runs, validation_rows, weights, self.scores(runs, 0, weights))
         columns = parts_of(runs[0]).shape[1]
         at_once = max(1, _VALUES // (columns * max(weights.shape)))
         found = [
@@ -108,7 +111,17 @@ class Pool:
         together[:, totals == 0] = np.nan
         return together
 
-    def _mean_values(self, runs: Sequence[Candidate], validation_rows: int, weights: Floats) -> Floats:
+    @staticmethod
+    def _joined(runs: Sequence[Candidate], validation_rows: float, weights: Floats, guard: Floats) -> Floats:
+        """Each run's own validation score and its scores on weighted guard rows, shape (runs, weightings), as one."""
+        score = np.array([run.score for run in runs])[:, None] if validation_rows else 0.0
+        with np.errstate(invalid="ignore"):
+            tiers: Floats = (validation_rows * score + weights.sum(axis=0) * guard) / (
+                validation_rows + weights.sum(axis=0)
+            )
+        return tiers
+
+    def _mean_values(self, runs: Sequence[Candidate], validation_rows: float, weights: Floats) -> Floats:
         parts = np.stack([parts_of(run).T for run in runs], dtype=np.float64)  # float64, so that ties are ties
         count, columns, rows = parts.shape
         sums = (parts.reshape(count * columns, rows) @ weights).reshape(count, columns, -1)

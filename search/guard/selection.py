@@ -73,13 +73,18 @@ class Corrected:
 
 
 def choose(
-    metric: Metric, direction: str, candidates: Sequence[Candidate], validation_rows: int, guard_rows: int
+    metric: Metric, direction: str, candidates: Sequence[Candidate], validation_rows: float, guard_rows: int
 ) -> Choice:
     """The model to ship: of all that were trained, by the search or to confirm, the one with the best pooled score.
 
     A model's pooled score is its score over validation and guard rows together; for metrics that are no function of
-    sums over rows (ranks, custom ones), the mean of its two scores, weighted by rows. Ties go to fewer weights, then
-    to the lower configuration, then to the lower trial.
+    sums over rows (ranks, custom ones), and where trials have validation rows of their own or several times the same,
+    the mean of its two scores, weighted by rows. Ties go to fewer weights, then to the lower configuration, then to
+    the lower trial.
+
+    Scores on rows of their own have independent noise, which the comparison cannot take out; so neither these rows nor
+    these scores are paired there. The weighted mean is unbiased for each model alone, and its noise is least for it
+    where a row says as much as any other; guard rows, which all models share, are compared pairwise as ever.
 
     Seeds change what a model is worth, not only what it seems to be worth, so a lucky model is worth keeping.
     Choosing a configuration by the mean of its fresh runs, and then one of these, shipped worse models than this rule
@@ -88,6 +93,7 @@ def choose(
 
     Args:
         direction: "min" or "max", whichever way the metric gets better.
+        validation_rows: To how many rows a validation score amounts (``folds.write``).
         candidates: In any order. Those whose numbers are not finite cannot win and are left out.
 
     Raises:
@@ -106,7 +112,7 @@ def choose(
 
 
 def noise_floor(
-    metric: Metric, direction: str, candidates: Sequence[Candidate], validation_rows: int, guard_rows: int
+    metric: Metric, direction: str, candidates: Sequence[Candidate], validation_rows: float, guard_rows: int
 ) -> float | None:
     """How far two trainings of one configuration differ: the standard deviation of pooled scores within configurations.
 
@@ -126,7 +132,7 @@ def corrected(
     metric: Metric,
     direction: str,
     candidates: Sequence[Candidate],
-    validation_rows: int,
+    validation_rows: float,
     guard_rows: int,
     *,
     baseline: int | None = None,

@@ -13,6 +13,7 @@ from search.errors import RequestError
 from search.guard import selection, statistics
 from search.guard.candidates import Candidate
 from search.guard.ledger import Ledger
+from search.harness import folding
 from search.loop import keeping
 from search.record import places
 from search.record.journal import Journal
@@ -21,6 +22,7 @@ from search.scorer.judge import RowJudge
 from search.scorer.metrics import RANKS, RATIOS
 from search.scorer.scoring import Metric, Score
 from search.tiers.data import SealedRows
+from search.tiers.validation import parse
 from search.trial import Trial, TrialState, best
 
 LEVEL = 0.95
@@ -46,7 +48,10 @@ def select(folder: Path, journal: Journal) -> dict[str, Any] | None:
     candidates = contenders(folder, journal, metric)
     sealed = SealedRows(Path(prepared["sealed"]))
     spread: dict[str, Any] = {"groups": sealed.groups("guard"), "ordered": prepared["manifest"]["ordered"]}
-    judge = RowJudge(Path(prepared["rows"]), sealed.path, prepared["objective"], prepared["problem"])
+    plan = prepared["validation"]
+    judge = RowJudge(
+        Path(prepared["rows"]), sealed.path, prepared["objective"], prepared["problem"], validation=plan
+    )
     known = {trial.number: trial for trial in done}
     tested = {candidate.trial: candidate for candidate in candidates}
 
@@ -58,7 +63,7 @@ def select(folder: Path, journal: Journal) -> dict[str, Any] | None:
             "trial": number,
             "configuration": trial.configuration,
             "validation": trial.score,
-            "validation_interval": _validation_interval(folder, prepared["manifest"], judge, trial, metric),
+            "validation_interval": _validation_interval(folder, prepared, judge, trial, metric),
             "guard": None if candidate is None else candidate.guard,
             **_guard_spread(candidate, metric, spread),
         }
@@ -75,7 +80,8 @@ def select(folder: Path, journal: Journal) -> dict[str, Any] | None:
     if not candidates:  # no metric on these guard rows, such as an AUC of one class: validation alone has to choose
         return out
     tiers = prepared["manifest"]["tiers"]
-    asked = (metric, prepared["direction"], candidates, tiers["validation"], tiers["guard"])
+    rows = tiers["validation"] if plan is None else plan["weight"]
+    asked = (metric, prepared["direction"], candidates, rows, tiers["guard"])
     choice = selection.choose(*asked)
     baseline = choice.best.get(0)
     found = selection.corrected(*asked, baseline=None if baseline is None else 0, **spread)
@@ -131,18 +137,27 @@ def _candidate(
 
 
 def _validation_interval(
-    folder: Path, manifest: Mapping[str, Any], judge: RowJudge, trial: Trial, metric: Metric
+    folder: Path, prepared: Mapping[str, Any], judge: RowJudge, trial: Trial, metric: Metric
 ) -> list[float] | None:
-    """How far the score would lie from the truth by chance alone, had the rows not helped to choose."""
+    """How far the score would lie from the truth by chance alone, had the rows not helped to choose.
+
+    None where it is the mean of scores on splits that overlap.
+    """
+    manifest, plan = prepared["manifest"], prepared["validation"]
     if metric.is_custom or manifest["grouped"]:
         return None
     place, outputs = places.trial(folder, trial.number), len(trial.extra["declaration"]["outputs"])
-    files = [str(place / f"validation_{k}.npy") for k in range(outputs)]
-    if not all(Path(file).exists() for file in files):
+    splits = [place]
+    if plan is not None and parse(plan["plan"]).is_repeated:
+        splits = [folding.folder_of(place, number) for number in range(len(plan["validation"]))]
+    files = [[str(split / f"validation_{k}.npy") for k in range(outputs)] for split in splits]
+    if not all(Path(file).exists() for paths in files for file in paths):
         return None
-    result = {"predictions": {"validation": files}, "declaration": trial.extra["declaration"]}
-    score = judge.score("validation", metric, result)
-    interval = statistics.test_interval(score, level=LEVEL, ordered=manifest["ordered"])
+    result = {"predictions": {"validation": files if splits != [place] else files[0]}, "seed": trial.seed}
+    scores = judge.validation(metric, result | {"declaration": trial.extra["declaration"]})
+    if len(scores) > 1:
+        return None
+    interval = statistics.test_interval(scores[0], level=LEVEL, ordered=manifest["ordered"])
     return [interval.low, interval.high]
 
 

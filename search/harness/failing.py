@@ -8,12 +8,31 @@ from search.definition.problem import first_line
 from search.errors import RequestError, TrialFailed
 
 
+class Told(Exception):
+    """A failure of which the message is there already, from the process of one training.
+
+    Attributes:
+        body: The ``failed`` message.
+    """
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        super().__init__(body["message"])
+        self.body = body
+
+
+def broken(text: str) -> dict[str, Any]:
+    """The ``failed`` message of a process that ended without a word, as any may; another attempt can help."""
+    return {"type": "failed", "reason": "crash", "message": text, "error": None, "died": True}
+
+
 def told(error: BaseException, has_gpus: bool) -> dict[str, Any]:
     """The ``failed`` message of a job that raised this.
 
     Args:
         has_gpus: Whether its slot has GPUs, whose memory it is then that a backend says ran out.
     """
+    if isinstance(error, Told):
+        return error.body
     kind = type(error).__name__
     if (lacking := _out_of_memory(error)) is not None:
         on_host = isinstance(lacking, MemoryError) or not has_gpus

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -22,16 +21,17 @@ class Weighted(OpenRows):
     """Open rows whose weights in training follow from their classes, as by ``class_weight`` of Keras' ``fit``.
 
     Args:
+        rows: Those that are fed.
         wanted: Weight by class; a class that is not in it weighs 1.
         where: The module, for its errors.
-        decode: As of ``OpenRows``.
 
     Raises:
         SpaceError: If the rows have weights already, or several labels each.
     """
 
-    def __init__(self, path: Path, wanted: Mapping[int, float], where: str, decode: Any = None) -> None:
-        super().__init__(path, decode)
+    def __init__(self, rows: OpenRows, wanted: Mapping[int, float], where: str) -> None:
+        super().__init__(rows.path, rows.decode)
+        self._index = {tier: rows.index(tier) for tier in self._index}  # which may be those of a fold
         if super().weights(np.arange(0)) is not None:
             raise SpaceError(f"{where}: rows have weights by sample_weight or by class_weight, but got both: drop one")
         if self._leaf_count("y") != 1:

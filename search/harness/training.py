@@ -150,7 +150,7 @@ def fit(
         keeper = Checkpoints(*checkpoint, callbacks, lambda: _identity(module, hp, seed, most), reporter.again)
         callbacks, first = [*callbacks, keeper], lambda: keeper.epoch
     if (wanted := module.class_weight(hp)) is not None:
-        rows = Weighted(rows.path, wanted, module.problem.path, rows.decode)
+        rows = Weighted(rows, wanted, module.problem.path)
     keras.utils.set_random_seed(seed)
     if own is not None:
         _fit_by_module(own, hp, model, rows, preprocess, budget, batch, most, callbacks, seed, first, epochs, reporter)

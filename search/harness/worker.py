@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib.metadata
 import os
 import time
 import traceback
@@ -14,7 +12,7 @@ from typing import Any
 
 from search.definition.problem import Problem, SpaceModule, first_line
 from search.definition.space import Parameter
-from search.errors import DataError, HeldoutError, SpaceError, TrialFailed
+from search.errors import HeldoutError, SpaceError, TrialFailed
 from search.harness import failing
 from search.harness.rungs import Channel, Stopped, asking
 
@@ -38,105 +36,6 @@ def main(job: dict[str, Any], channel: Channel) -> None:
         channel.send({"type": "result", **result})
 
 
-def load(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
-    """Execute the module, store and seal its rows, fit its preprocessing on the train rows."""
-    from search.definition import assets
-    from search.tiers import data
-
-    module = SpaceModule(Problem(**payload["problem"]))
-    made = assets.made(module)
-    dataset = module.load()
-    if not isinstance(dataset, data.Dataset):
-        raise SpaceError(
-            f"{module.problem.path}: load() must return a search.Dataset, but returned "
-            f"{type(dataset).__name__}; return Dataset(x, y)"
-        )
-    workspace = Path(payload["workspace"])
-    manifest = data.prepare(
-        dataset,
-        workspace,
-        payload["split_seed"],
-        allow_nan=module.allow_nan or module.preprocess is not None,
-        decode=module.decode,
-        where=module.problem.path,
-    )
-    rows = workspace / "rows" / manifest["digest"]
-    preprocess = None
-    if module.preprocess is not None:
-        preprocess = str(Path(payload["folder"]) / "preprocess.keras")
-        must_remove_nan = manifest["has_nan"] and not module.allow_nan
-        sealed = data.SealedRows(workspace / "sealed" / manifest["digest"])
-        opened = data.OpenRows(rows, module.decode)
-        _fit_preprocess(module, opened, Path(preprocess), must_remove_nan, payload["budget"], sealed)
-    return {
-        "manifest": manifest,
-        "rows": str(rows),
-        "sealed": str(workspace / "sealed" / manifest["digest"]),
-        "preprocess": preprocess,
-        "assets": made,
-        "objective": module.objective,
-        "direction": module.direction,
-        "epochs": module.epochs,
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of Heldout and of what trains, samples and records with it, as installed here."""
-    found = {}
-    for name in (
-        "heldout",
-        "keras",
-        "tensorflow",
-        "jax",
-        "torch",
-        "keras-tuner",
-        "hyperopt",
-        "mlflow",
-        "numpy",
-    ):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def _fit_preprocess(
-    module: SpaceModule, rows: Any, path: Path, must_remove_nan: bool, budget: int, sealed: Any | None = None
-) -> None:
-    import keras
-    import numpy as np
-
-    from search.harness import feeding, preflight, training
-    from search.scorer import declaration
-    from search.tiers import leakage
-
-    keras.utils.set_random_seed(0)
-    assert module.preprocess is not None
-    with module.blaming("preprocess(train)"):
-        model = module.preprocess(feeding.for_preprocess(rows, budget))
-    if not isinstance(model, keras.Model):
-        raise SpaceError(
-            f"{module.problem.path}: preprocess(train) must return a keras.Model, such as "
-            f"keras.Sequential([keras.Input(...), normalization]), but returned {type(model).__name__}"
-        )
-    known = declaration.ends(model)
-    if known is not None:  # a name of its own, since every unnamed model is called "sequential"
-        model = keras.Model(*known, name="preprocess")
-        if sealed is not None:
-            leakage.check_learned(model, rows, sealed, module.problem.path)
-    if must_remove_nan:
-        for tier in ("train", "validation", "guard"):
-            for part in feeding.parts(rows, tier, model):
-                if np.issubdtype(part.dtype, np.floating) and np.isnan(part).any():
-                    raise DataError(
-                        f"x has NaN and preprocess(train) leaves some in the {tier} rows; let it remove them, "
-                        f"or set `allow_nan = True` in {module.problem.path} if the model copes with NaN"
-                    )
-    training.save(model, path)
-    preflight.refuse_lambdas(path, module.problem.path)
-    preflight.refuse_secrets(path, module.problem.path)
-
-
 def discover(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
     """Find the parameters of a space by building it under a time cap."""
     from search.definition import backbones, tracing
@@ -154,6 +53,13 @@ def discover(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
     return {"space": space, "complete": complete}
 
 
+def load(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Make the rows ready; see ``loading.load``."""
+    from search.harness import loading
+
+    return loading.load(payload, send)
+
+
 class _Trial:
     """One job's module, hyperparameters, rows and model, built once."""
 
@@ -164,6 +70,7 @@ class _Trial:
         from search.definition.tracing import TracingHyperParameters
         from search.harness import training
         from search.processes import devices
+        from search.tiers import folds
         from search.tiers.data import OpenRows
 
         if payload.get("slot"):
@@ -177,11 +84,25 @@ class _Trial:
             payload.get("proposal"), payload["seed"], payload.get("default", False), payload.get("named")
         )
         self.rows = OpenRows(Path(payload["rows"]), self.module.decode)
+        if payload.get("part"):
+            self.rows = folds.of_part(self.rows, payload["part"])
         keras.utils.set_random_seed(payload["seed"])
         self.preprocess = (
             keras.models.load_model(payload["preprocess"], compile=False) if payload.get("preprocess") else None
         )
         self.model = training.build(self.module, self.hp)
+        if payload.get("part") and self.preprocess is None and self.module.preprocess is not None:
+            self.preprocess = self.preprocessing()  # of a split that no other trial has
+
+    def preprocessing(self) -> Any:
+        """The module's preprocessing, fitted on the rows that this trial trains on; written to its folder as well."""
+        import keras
+
+        from search.harness import preprocessing
+
+        path = Path(self.payload["folder"]) / preprocessing.NAME
+        preprocessing.fit(self.module, self.rows, path, self.payload["budget"])
+        return keras.models.load_model(path, compile=False)
 
     def fit(self, epochs: int | None, send: Callable[[dict[str, Any]], None], keep_last: bool = False) -> Any:
         """Train the model; see ``training.fit``."""
@@ -217,6 +138,10 @@ def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
 
     One that was told to stop predicts nothing and leaves nothing; its result is ``asks`` and ``stopped`` alone.
     """
+    if payload.get("folds"):
+        from search.harness import folding
+
+        return folding.run(payload, send)
     from search.harness import checkpoints, preflight, training
     from search.processes import devices
 
@@ -227,12 +152,14 @@ def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
         reporting = _telling(running.hp, payload.get("proposal") or {}, send)
         if payload.get("preflight"):
             send({"type": "preflight", **preflight.run(running), **running.described()})
-        fitted = running.fit(payload.get("epochs"), reporting)
+        fitted = running.fit(payload.get("epochs"), reporting, keep_last=payload.get("keep_last", False))
         given = (running.model, running.rows, running.preprocess)
-        paths = predictions(*given, ("validation", "guard"), folder, payload["budget"])
+        tiers = tuple(payload.get("tiers", ("validation", "guard")))
+        paths = predictions(*given, tiers, folder, payload["budget"])
         weights = folder / "model.weights.h5"
-        training.save(running.model, weights)
-        preflight.refuse_secrets(weights, running.module.problem.path)
+        if payload.get("weights", True):
+            training.save(running.model, weights)
+            preflight.refuse_secrets(weights, running.module.problem.path)
     except Stopped:
         checkpoints.remove(folder)
         return {"asks": [] if running is None else running.hp.asks, "stopped": True}
@@ -247,7 +174,7 @@ def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
     return {
         **running.described(),
         "predictions": paths,
-        "weights": str(weights),
+        "weights": str(weights) if payload.get("weights", True) else None,
         "epochs": fitted.epochs,
         "best_epoch": fitted.best_epoch,
         "reported": dict(fitted.reported),
@@ -331,14 +258,9 @@ def export(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> J
 
 def refit(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
     """Train a trial's configuration anew on a merged copy of rows, and write it as one file; see ``final.refit``."""
-    import keras
-
     running = _Trial(payload | {"preprocess": None})
     if running.module.preprocess is not None:
-        path = Path(payload["folder"]) / "preprocess.keras"
-        must_remove_nan = running.rows.manifest["has_nan"] and not running.module.allow_nan
-        _fit_preprocess(running.module, running.rows, path, must_remove_nan, payload["budget"])
-        running.preprocess = keras.models.load_model(path, compile=False)
+        running.preprocess = running.preprocessing()
     fitted = running.fit(payload["epochs"], send, keep_last=True)
     return {
         **running.written(Path(payload["out"])),

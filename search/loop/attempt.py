@@ -102,7 +102,8 @@ class Attempt:
         if not self.stopped and type(body["epochs"]) is not int:
             raise ValueError(f"epochs {body['epochs']!r}")
         space.grown(body["asks"], complete=False).params_of(body["asks"])
-        self.result, self.asks = body, body["asks"]
+        # Its seed says which rows validated it, where every trial has its own; that is not for the trial to say.
+        self.result, self.asks = {**body, "seed": self.trial.seed}, body["asks"]
 
     def failed(self, body: dict[str, Any]) -> None:
         """Take in a failure that its process, or the executor in its place, tells of."""

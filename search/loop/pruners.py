@@ -3,6 +3,7 @@
 A trial asks at *rungs*, numbers of epochs that are announced to it, and waits there for the answer. A value is that
 of the objective on validation rows as Keras reports it, the best of the epochs up to the rung, since the best epoch's
 weights are what a trial would keep; turned so that lower is better, and the worst there is where it is not a number.
+A trial that is judged by several splits asks after each of them, and is compared by the mean of their values.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Protocol
 from search.errors import RequestError
 from search.trial import Report, Trial
 
-__all__ = ["PRUNERS", "Curve", "Pruner", "Pruning", "get_pruner"]
+__all__ = ["PRUNERS", "Curve", "Folds", "Pruner", "Pruning", "get_pruner"]
 
 ETA = 3
 _STARTUP = 5  # trials that a median needs to mean anything
@@ -53,6 +54,15 @@ class Curve:
         """The mean of the values of the first ``step`` epochs, as far as they are numbers."""
         total, count = self._sums[step - 1]
         return total / count if count else math.inf
+
+
+class Folds(Curve):
+    """The same of a trial that reports after each of its folds: what it is worth is the mean of those so far."""
+
+    def best(self, step: int) -> float:
+        """The mean of the values of the first ``step`` folds; the worst there is if one of them is not a number."""
+        total, count = self._sums[step - 1]
+        return total / count if count == step else math.inf
 
 
 class Pruner(Protocol):
@@ -152,12 +162,21 @@ class Pruning:
         direction: ``"min"`` or ``"max"``.
         grace: Epochs that every trial gets.
         most: The most epochs that a trial may have; asked for once, when the first trial that may be pruned begins.
+        curve: ``Folds`` where all this is counted in folds.
     """
 
-    def __init__(self, pruner: Pruner, objective: str, direction: str, grace: int, most: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        pruner: Pruner,
+        objective: str,
+        direction: str,
+        grace: int,
+        most: Callable[[], int],
+        curve: type[Curve] = Curve,
+    ) -> None:
         self._pruner, self._objective = pruner, objective
         self._sign = 1.0 if direction == "min" else -1.0
-        self._grace, self._most = grace, most
+        self._grace, self._most, self._curve = grace, most, curve
         self._curves: dict[int, tuple[int, Curve]] = {}  # trial number to its last attempt and what that reported
 
     @functools.cached_property
@@ -178,9 +197,9 @@ class Pruning:
         """Take in a report, at once: what was decided is the same whether it is in the journal already or not yet."""
         if isinstance(self._pruner, Off) or trial.confirms is not None:
             return
-        attempt, curve = self._curves.get(trial.number, (-1, Curve()))
+        attempt, curve = self._curves.get(trial.number, (-1, self._curve()))
         if report.attempt > attempt:
-            curve = Curve()
+            curve = self._curve()
         elif report.attempt < attempt:
             return
         value = report.metrics.get(self._objective)
@@ -191,7 +210,7 @@ class Pruning:
 
     def stops(self, trial: Trial, step: int) -> bool:
         """Whether the trial, which waits at this rung, shall stop. One that never reported the objective goes on."""
-        _, own = self._curves.get(trial.number, (0, Curve()))
+        _, own = self._curves.get(trial.number, (0, self._curve()))
         if step not in self.rungs(trial) or len(own) < step:
             return False
         others = (curve for number, (_, curve) in self._curves.items() if number != trial.number)

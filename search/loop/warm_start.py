@@ -18,6 +18,7 @@ from search.loop.enqueueing import Wish
 from search.record.journal import Journal
 from search.samplers import Proposal, Sampler, check_space, get_sampler
 from search.study import Study, StudyConfig
+from search.tiers.validation import HOLDOUT
 from search.trial import Params, Trial, TrialState, Value
 
 FIRST = 3  # configurations of each study that are tried first
@@ -75,6 +76,7 @@ def record(found: Sequence[Study], digest: str, is_allowed: bool) -> list[dict[s
                 "study_id": meta["study_id"],
                 "objective": meta["objective"],
                 "direction": meta["direction"],
+                "validation": meta["config"].get("validation", HOLDOUT),
                 "other_data": other_data,
                 "names": {key: p.name for key, p in space.parameters.items() if key != p.name},
                 "trials": _learned(trials),
@@ -158,15 +160,22 @@ def _carried(params: Params, names: Mapping[str, str], space: Space) -> tuple[di
 class Informed:
     """A sampler whose history begins with that of other studies, under negative numbers.
 
-    Losses of another objective, or of other rows, are put on this study's scale by the line through what the
-    configurations scored that both have, which the baseline and those tried first see to. Where they disagree the
-    line is flat, and says nothing.
+    Losses of another objective, of other rows, or by another plan of validation are put on this study's scale by the
+    line through what the configurations scored that both have, which the baseline and those tried first see to. Where
+    they disagree the line is flat, and says nothing.
     """
 
-    def __init__(self, sampler: Sampler, recorded: Sequence[Mapping[str, Any]], objective: str, direction: str) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        recorded: Sequence[Mapping[str, Any]],
+        objective: str,
+        direction: str,
+        validation: str = HOLDOUT,
+    ) -> None:
         self.name = sampler.name
         self._sampler, self._recorded = sampler, recorded
-        self._measure = (objective, direction)
+        self._measure = (objective, direction, validation)
         self._fitted: tuple[Space, list[list[_Known]]] | None = None
 
     def check(self, space: Space) -> None:
@@ -183,7 +192,8 @@ class Informed:
             self._fitted = space, self._in(space)
         found: list[_Known] = []
         for one, trials in zip(self._recorded, self._fitted[1], strict=True):
-            same = not one["other_data"] and (one["objective"], one["direction"]) == self._measure
+            measure = one["objective"], one["direction"], one.get("validation", HOLDOUT)
+            same = not one["other_data"] and measure == self._measure
             found += trials if same else _rescaled(trials, history, space)
         return [Trial(number, TrialState.COMPLETE, params, loss=loss) for number, params, loss in found]
 
@@ -232,4 +242,4 @@ def sampler(journal: Journal, config: StudyConfig) -> Sampler:
     if not recorded:
         return chosen
     meta = journal.get("study")
-    return Informed(chosen, recorded, meta["objective"], meta["direction"])
+    return Informed(chosen, recorded, meta["objective"], meta["direction"], config.validation)

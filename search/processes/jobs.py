@@ -14,13 +14,15 @@ from search.definition.problem import DEFAULT_EPOCHS, Problem
 from search.errors import RequestError, SpaceError, TrialFailed, request_error
 from search.executors import NO_GPU, Executor, Exited, Job, Lost, Message, Slot, Warned
 from search.executors.local import LocalExecutor
-from search.loop.pruners import Pruning, default_grace, get_pruner
+from search.harness import folding
+from search.loop.pruners import Folds, Pruning, default_grace, get_pruner
 from search.loop.watcher import Watcher
 from search.processes import devices
 from search.processes.supervision import Supervisor
 from search.record import disk, places
 from search.record.journal import Journal
 from search.study import StudyConfig
+from search.tiers import validation
 from search.tracker import publishing
 from search.trial import Trial
 
@@ -79,6 +81,10 @@ def pruning(config: StudyConfig, prepared: dict[str, Any], journal: Journal) -> 
     space as discovery found it, whatever number of epochs is found later; the baseline needs none.
     """
     epochs = config.epochs or prepared["epochs"] or DEFAULT_EPOCHS
+    plan = validation.parse(config.validation)
+    if plan.is_repeated:  # asks after a fold, and is judged by the mean of its folds
+        asked = get_pruner(config.pruner), prepared["objective"], prepared["direction"]
+        return Pruning(*asked, config.grace or 1, lambda: plan.count, Folds)
 
     def most() -> int:
         found = [event.id for event in journal.events() if event.kind == "space"]
@@ -171,10 +177,20 @@ def call(
 
 
 def prepare(
-    executor: Executor, problem: Problem, workspace: Path, folder: Path, split_seed: int, watcher: Watcher
+    executor: Executor,
+    problem: Problem,
+    workspace: Path,
+    folder: Path,
+    split_seed: int,
+    watcher: Watcher,
+    plan: str = validation.HOLDOUT,
 ) -> dict[str, Any]:
-    """Load, split, seal and store the rows in a process of their own; see ``load_payload`` for the folders."""
-    asked = load_payload(problem, workspace, folder, split_seed)
+    """Load, split, seal and store the rows in a process of their own; see ``load_payload`` for the folders.
+
+    Args:
+        plan: Of validation; its index files go into ``folder``.
+    """
+    asked = load_payload(problem, workspace, folder, split_seed) | {"validation": plan}
     loaded = call(executor, Job("load", "load", asked, env=NO_GPU), watcher)
     prepared = completed(loaded, problem)
     for warning in prepared["manifest"]["warnings"]:
@@ -204,10 +220,35 @@ def prepared_for(journal: Journal, trial: Trial) -> dict[str, Any]:
     prepared = places.prepared(journal)
     assets.restore(prepared.get("assets"), journal.path.parent)
     texts: dict[str, dict[str, Any]] | None = journal.get("texts")
-    if texts is None:
-        return prepared
+    found = prepared if texts is None else _of_text(journal, prepared, texts, trial)
+    own = places.preprocess(journal.path.parent, trial.number)
+    return found | ({"preprocess": str(own)} if found["preprocess"] is None and own.exists() else {})
+
+
+def _of_text(
+    journal: Journal, prepared: dict[str, Any], texts: dict[str, dict[str, Any]], trial: Trial
+) -> dict[str, Any]:
     found = prepared | texts[trial.text or journal.get("study")["space"]["digest"]]
     return found | places.located(found, journal.path.parent.absolute())
+
+
+def split_of(prepared: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What the job of a trial with this seed is told of its splits; nothing where it is judged by the stored one."""
+    found = prepared.get("validation")
+    if found is None:
+        return {}
+    if validation.parse(found["plan"]).is_repeated:
+        return {"folds": found}
+    return {"part": {"folds": found, "seed": seed, "number": 0}}
+
+
+def first_split(prepared: dict[str, Any]) -> dict[str, Any]:
+    """The same for a job of one training that is no trial."""
+    found = prepared.get("validation")
+    if found is None:
+        return {}
+    own = prepared["preprocess"] and folding.preprocess_of(Path(found["folder"]), 0)
+    return {"part": {"folds": found, "seed": 0, "number": 0}, "preprocess": own and str(own)}
 
 
 def openings(prepared: dict[str, Any]) -> int:

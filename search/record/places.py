@@ -3,7 +3,7 @@
 A record has the paths of the day it was written. Readers ask here, where only the names in them count::
 
     WORKSPACE/rows/DIGEST, sealed/DIGEST, mlflow.db, artifacts/
-    WORKSPACE/studies/NAME/journal.sqlite, preprocess.keras
+    WORKSPACE/studies/NAME/journal.sqlite, preprocess.keras, folds/
                            trials/0017/, guard/0017.npy, frozen/, texts/DIGEST/preprocess.keras
 """
 
@@ -40,27 +40,35 @@ def weights(folder: Path, number: int) -> Path:
     return trial(folder, number) / WEIGHTS
 
 
+def preprocess(folder: Path, number: int) -> Path:
+    """The preprocessing of a trial that has a split of its own, if it is kept."""
+    return trial(folder, number) / "preprocess.keras"
+
+
 def guard_parts(folder: Path, number: int) -> Path:
     """What each guard row adds to a trial's score, if that is kept."""
     return folder / "guard" / f"{number:04d}.npy"
 
 
 def prepared(journal: Journal) -> dict[str, Any]:
-    """The journal's ``prepared``, with ``rows``, ``sealed`` and ``preprocess`` where they are now."""
+    """The journal's ``prepared``, with ``rows``, ``sealed``, ``preprocess`` and the folds where they are now."""
     found: dict[str, Any] = journal.get("prepared")
     return found | located(found, journal.path.parent.absolute())
 
 
-def located(found: Mapping[str, Any], folder: Path) -> dict[str, str | None]:
-    """``rows``, ``sealed`` and ``preprocess`` of the study in ``folder``, from their recorded paths."""
-    workspace, fitted = folder.parent.parent, found.get("preprocess")
-    if fitted is not None:
-        *_, above, text, name = Path(fitted).parts
-        fitted = str(folder / above / text / name if above == TEXTS else folder / name)
+def located(found: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """``rows``, ``sealed``, ``preprocess`` and folds of the study in ``folder``, from their recorded paths."""
+    workspace, fitted, validation = folder.parent.parent, found.get("preprocess"), found.get("validation")
+
+    def here(path: str) -> str:
+        *_, above, text, name = Path(path).parts
+        return str(folder / above / text / name if above == TEXTS else folder / name)
+
     return {
         "rows": str(workspace / "rows" / Path(found["rows"]).name),
         "sealed": str(workspace / "sealed" / Path(found["sealed"]).name),
-        "preprocess": fitted,
+        "preprocess": None if fitted is None else here(fitted),
+        "validation": None if validation is None else validation | {"folder": here(validation["folder"])},
     }
 
 

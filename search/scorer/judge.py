@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from search.loop.attempt import Verdict
 from search.record import disk
 from search.scorer import scoring
 from search.scorer.metrics import RANKS, Array
+from search.tiers import folds
+from search.tiers import validation as plans
 from search.tiers.data import OpenRows, SealedRows
 
 
@@ -29,6 +31,7 @@ class RowJudge:
         baseline: Gives what the baseline's model declares of itself; None, as while that is not known, compares
             nothing.
         errors: Whether verdicts have the standard error of the validation score.
+        validation: Of a plan other than the stored split, what ``folds.write`` returned.
     """
 
     def __init__(
@@ -40,14 +43,19 @@ class RowJudge:
         keep: Path | None = None,
         baseline: Callable[[], Mapping[str, Any] | None] = lambda: None,
         errors: bool = False,
+        validation: Mapping[str, Any] | None = None,
     ) -> None:
         self._open, self._sealed = OpenRows(rows), SealedRows(sealed)
         self._objective, self._problem, self._keep, self._baseline = objective, problem, keep, baseline
-        self._errors = errors
+        self._errors, self._folds = errors, validation
         self._labels = {"validation": self._open.labels("validation"), "guard": self._sealed.labels("guard")}
 
     def judge(self, result: dict[str, Any]) -> Verdict | dict[str, Any]:
         """Score validation and guard predictions with the same function.
+
+        Of a trial that trained on several splits the score is that of all its out-of-fold predictions together; if
+        splits overlap, the mean of their scores. Sums over validation rows are kept where trials have the same rows:
+        scores on rows of their own are not pooled row by row.
 
         Guard labels do not decide whether a trial failed, since its state reaches the sampler: where the metric has
         no value on guard rows, the guard score is NaN.
@@ -65,23 +73,58 @@ class RowJudge:
             _check_same(self._objective, result["declaration"], baseline)
         if metric.kind == "custom":
             return {"problem": self._problem, "objective": self._objective, "sets": self.sets(result)}
-        validation = self.score("validation", metric, result)
+        scores = self.validation(metric, result)
         value, parts = self._on_guard(metric, result)
         evidence = None
         if self._keep is not None and parts is not None:
-            sums = None if metric.kind in RANKS else validation.parts.sum(axis=0).tolist()
+            shared = self._folds is None or self._folds["plan"].startswith("kfold")
+            sums = scores[0].parts.sum(axis=0).tolist() if shared and metric.kind not in RANKS else None
             # The spread of labels is a difference of squares, for which single precision is too coarse.
             with np.errstate(over="ignore"):
                 kept = parts if metric.kind == "r2_score" else parts.astype(np.float32)
             path = self._written(kept, Path(result["predictions"]["guard"][0]).parent.name)
             evidence = {"parts": str(path), "validation": sums}
-        return Verdict(validation.value, value, evidence, self._error(validation) if self._errors else None)
+        score = float(np.mean([one.value for one in scores]))
+        return Verdict(score, value, evidence, self._error(scores) if self._errors else None)
 
-    def _error(self, validation: scoring.Score) -> float | None:
+    def _error(self, scores: Sequence[scoring.Score]) -> float | None:
+        """Of the mean of these scores, which amounts to the rows that the plan says (``folds.write``)."""
         from search.guard import statistics  # takes a while to import, and most studies end without it
 
-        error = statistics.standard_error(validation, ordered=self._open.manifest["ordered"])
-        return float(error) if np.isfinite(error) else None
+        ordered = self._open.manifest["ordered"]
+        error = float(np.mean([statistics.standard_error(one, ordered=ordered) for one in scores]))
+        if len(scores) > 1 and self._folds is not None:
+            error *= float(np.sqrt(np.mean(self._folds["validation"]) / self._folds["weight"]))
+        return error if np.isfinite(error) else None
+
+    def validation(self, metric: scoring.Metric, result: dict[str, Any]) -> list[scoring.Score]:
+        """The scorer's word on validation predictions: one score, or one for each of several splits that overlap.
+
+        Raises:
+            TrialFailed: As ``scoring.score``.
+        """
+        if self._folds is None:
+            return [self.score("validation", metric, result)]
+        files, places = self._by_split(result)
+        names = [output["name"] for output in result["declaration"]["outputs"]]
+        predicted = [[np.load(path, allow_pickle=False) for path in paths] for paths in files]
+        if self._folds["plan"].startswith("kfold"):
+            predicted = [[np.concatenate(parts) for parts in zip(*predicted, strict=True)]]
+            places = [np.concatenate(places)]
+        labels = [scoring.in_order(self._open.labels_at(place), names) for place in places]
+        return [
+            scoring.score(metric, result["declaration"], *both) for both in zip(predicted, labels, strict=True)
+        ]
+
+    def _by_split(self, result: dict[str, Any]) -> tuple[list[list[str]], list[Array]]:
+        """Of each split the files of predictions and the positions of its validation rows."""
+        assert self._folds is not None
+        found = [part.validation for part in folds.parts(self._folds, result["seed"])]
+        paths = result["predictions"]["validation"]
+        files = paths if plans.parse(self._folds["plan"]).is_repeated else [paths]
+        if len(files) != len(found):
+            raise TrialFailed("invalid", f"predictions must be of {len(found)} splits, but are of {len(files)}")
+        return files, found
 
     def _on_guard(self, metric: scoring.Metric, result: dict[str, Any]) -> tuple[float, Array | None]:
         """The score on guard rows and what each contributes; NaN and None as far as there is none."""
@@ -125,17 +168,44 @@ class RowJudge:
     def settle(self, result: dict[str, Any]) -> Verdict:
         """The verdict of a ``score`` job, in which a guard score that could not be computed is NaN."""
         values = result["values"]
-        if not np.isfinite(values["validation"]):
-            raise TrialFailed("nan", f"the metric is {values['validation']} on the validation rows")
-        return Verdict(float(values["validation"]), float(values["guard"]))
+        value = float(np.mean([values[name] for name in values if name != "guard"]))
+        if not np.isfinite(value):
+            raise TrialFailed("nan", f"the metric is {value} on the validation rows")
+        return Verdict(value, float(values["guard"]))
 
     def sets(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Predictions and labels as paths, for a ``score`` job."""
-        labels = {
-            "validation": self._open.label_files("validation"),
-            "guard": self._sealed.label_files("guard"),
-        }
-        return {tier: {"predictions": result["predictions"][tier], "labels": labels[tier]} for tier in labels}
+        """Predictions and labels as paths, for a ``score`` job; each name but "guard" is one of validation rows."""
+        if self._folds is not None:
+            return self._sets_of_splits(result)
+        return {tier: self.set_of(tier, result["predictions"][tier]) for tier in ("validation", "guard")}
+
+    def set_of(self, tier: str, predictions: list[str]) -> dict[str, Any]:
+        """Predictions and labels of one tier as paths."""
+        rows = self._open if tier == "validation" else self._sealed
+        return {"predictions": predictions, "labels": rows.label_files(tier)}
+
+
+    def _sets_of_splits(self, result: dict[str, Any]) -> dict[str, Any]:
+        """The same by index files beside the predictions, which are written here."""
+        files, at = self._by_split(result)
+        folder = Path(result["predictions"]["guard"][0]).parent
+        if self._folds is not None and self._folds["plan"].startswith("kfold"):
+            joined = [[np.load(path, allow_pickle=False) for path in paths] for paths in zip(*files, strict=True)]
+            files = [[self._saved(folder / f"of_folds_{k}.npy", np.concatenate(all_)) for k, all_ in enumerate(joined)]]
+            at = [np.concatenate(at)]
+        sets = {"guard": self.set_of("guard", result["predictions"]["guard"])}
+        for number, (paths, place) in enumerate(zip(files, at, strict=True)):
+            index = self._saved(folder / f"of_split_{number}.npy", place)
+            labels = self._open.label_files("validation") | {"index": index}
+            sets[f"validation {number}"] = {"predictions": paths, "labels": labels}
+        return sets
+
+    def _saved(self, path: Path, values: Array) -> str:
+        try:
+            np.save(path, values, allow_pickle=False)
+        except OSError as error:
+            raise disk.failure(path, error) from error
+        return str(path)
 
 
 def check_tiers(rows: Path, sealed: Path, objective: str, declaration: Mapping[str, Any]) -> None:

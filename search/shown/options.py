@@ -9,6 +9,7 @@ import click
 
 from search.errors import RequestError
 from search.samplers import AUTO, SAMPLERS
+from search.tiers.validation import HOLDOUT
 
 
 def workspace(command: Any) -> Any:
@@ -163,6 +164,13 @@ def search_options(command: Any) -> Any:
         click.option("--gpus-per-trial", type=int, metavar="G", help="GPUs that one trial gets."),
         click.option("--seed", type=int, default=0, show_default=True, help="Of proposals and training; moves no row."),
         click.option("--split-seed", type=int, default=0, show_default=True, help="Of the split of rows into tiers."),
+        click.option(
+            "--validation",
+            metavar="PLAN",
+            default=HOLDOUT,
+            show_default=True,
+            help="How a configuration is judged: holdout, kfold:5, repeated:3, or reshuffle (a split for every trial).",
+        ),
         click.option("--epochs", type=int, help="Epochs of a trial at most [the module's]."),
         click.option("--trial-timeout", type=float, metavar="SECONDS", help="End a training that takes longer."),
         click.option(

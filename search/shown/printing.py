@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def watching(planned: int | None, as_json: bool, earlier: Sequence[Trial] = ()) -> Iterator[Any]:
+def watching(
+    planned: int | None, as_json: bool, earlier: Sequence[Trial] = (), step: str = "epoch"
+) -> Iterator[Any]:
     """A live view on standard error, so that standard output carries the result alone."""
     from rich.console import Console
 
@@ -26,7 +28,7 @@ def watching(planned: int | None, as_json: bool, earlier: Sequence[Trial] = ()) 
     if as_json:
         yield None
         return
-    with View(Console(stderr=True), planned, earlier) as view:
+    with View(Console(stderr=True), planned, earlier, step) as view:
         yield view
 
 

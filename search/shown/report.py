@@ -19,6 +19,7 @@ from search.record import places
 from search.scorer import metrics, scoring
 from search.scorer.scoring import disagreement_line
 from search.study import Study, StudyConfig, config_of
+from search.tiers.validation import described, named, parse
 from search.tracker import publishing
 from search.trial import Trial, TrialState, best, searched
 
@@ -35,6 +36,7 @@ def report(study: Study) -> dict[str, Any]:
         evaluation = journal.get("evaluation") or {}
         preflight = journal.get("preflight")
         ended, plan = journal.get("ended"), config_of(journal) if meta else None
+        judged = (journal.get("prepared") or {}).get("validation")
     count = {state: sum(t.state is state for t in searched(trials)) for state in TrialState}
     failures = Counter(trial.reason for trial in trials if trial.state is TrialState.FAILED)
     retries: Counter[str] = sum((Counter(trial.retries) for trial in trials), Counter())
@@ -50,6 +52,7 @@ def report(study: Study) -> dict[str, Any]:
         "proportion": _is_proportion(str(meta.get("objective")), preflight),
         "sampler": meta.get("config", {}).get("sampler"),
         "warm_start": meta.get("warm_start") or [],
+        "validation": _judged(judged, selection.get("winner"), best(trials)),
         "trials": {
             "complete": count[TrialState.COMPLETE],
             "pruned": count[TrialState.PRUNED],
@@ -84,6 +87,21 @@ def _because(plan: StudyConfig | None, ended: str | None, trials: int) -> str | 
 
 def _is_proportion(objective: str, preflight: dict[str, Any] | None) -> bool:
     return preflight is not None and scoring.resolve(objective, preflight["declaration"]).kind in metrics.PROPORTIONS
+
+
+def _judged(
+    found: dict[str, Any] | None, winner: dict[str, Any] | None, leader: Trial | None
+) -> dict[str, Any] | None:
+    """The plan by which configurations are judged, and what that alone says of the winner, or of the best so far.
+
+    Never corrected: an adaptive search has searched these rows, however often they were divided anew.
+    """
+    if found is None:
+        return None
+    kept = {key: found[key] for key in ("plan", "rows", "weight", "train", "validation", "ordered")}
+    score = winner["validation"] if winner else leader.score if leader else None
+    interval = winner["validation_interval"] if winner else None
+    return kept | {"estimate": score, "interval": interval, "label": "optimistic", "said": described(found)}
 
 
 def _described(trial: Trial | None) -> dict[str, Any] | None:
@@ -128,6 +146,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     if found["retries"]:
         out.append("attempts that failed and were followed by another: " + _counted(found["retries"]))
     out += [_warm_start(one) for one in found["warm_start"]]
+    out += [f"validation by {found['validation']['said']}"] if found.get("validation") else []
     if found["best"] is None:
         return [*out, "no trial has completed yet"]
     shipped = found["winner"] or found["best"]
@@ -192,9 +211,10 @@ def _table(found: dict[str, Any], objective: str) -> list[str]:
         return []
     tiers = (found["data"] or {}).get("tiers") or {}
     level = "" if test is None or test["level"] is None else f" ({belief.level(test['level'])} interval)"
+    plan = found.get("validation")
     rows: list[tuple[str, Any, Any, Any, Any]] = [
         (
-            f"validation, {tiers.get('validation')} rows",
+            f"validation, {tiers.get('validation')} rows" if plan is None else f"{named(plan)} (optimistic)",
             winner["validation"],
             None,
             (baseline or {}).get("validation"),
@@ -235,6 +255,7 @@ def check_lines(found: dict[str, Any]) -> list[str]:
     return [
         f"{found['name']}: {found['objective']} ({found['direction']}), {found['size']} weights in the default model",
         f"rows: {data['rows']} ({tiers}); labels of guard and test are sealed",
+        *([] if found.get("validation") is None else [f"validation by {described(found['validation'])}"]),
         *(f"note: {warning}" for warning in data["warnings"]),
         "parameters:" if found["complete"] else "parameters found within the time limit (more may follow):",
         *(f"    {key}: {_domain(domain)}" for key, domain in found["space"].items()),
@@ -242,8 +263,8 @@ def check_lines(found: dict[str, Any]) -> list[str]:
         *([] if (line := disagreement_line(found)) is None else [f"note: {line}"]),
         *_opened(found["openings"]),
         *([] if found["shows"] is None else [verdicts.planned_line(verdicts.Planned(**found["shows"]))]),
-        f"plan: {found['trials']} trials{_again(found['confirmation'])} of up to {found['epochs']} epochs on "
-        f"{found['slots']} slots, {number(found['epoch_seconds'])} s an epoch: about "
+        f"plan: {found['trials']} trials{_again(found['confirmation'])} of {_trainings(found)}up to "
+        f"{found['epochs']} epochs on {found['slots']} slots, {number(found['epoch_seconds'])} s an epoch: about "
         f"{found['estimate_seconds'] / 60:.1f} minutes",
     ]
 
@@ -253,6 +274,11 @@ def _opened(openings: int) -> list[str]:
         return []
     told = f"these test rows have been opened {times(openings)} before"
     return [f"note: {told}: a launch leaves them sealed (--evaluate auto)"]
+
+
+def _trainings(found: dict[str, Any]) -> str:
+    count = 1 if found.get("validation") is None else parse(found["validation"]["plan"]).trainings
+    return "" if count == 1 else f"{count} trainings of "
 
 
 def _again(confirmation: dict[str, int]) -> str:
@@ -292,6 +318,7 @@ def status_line(found: dict[str, Any]) -> str:
     parts += [f", {found['trials']['pruned']} pruned"] if found["trials"]["pruned"] else []
     parts += [f", {failed} failed"] if failed else []
     parts += [f", sampler {found['sampler']}"]
+    parts += [f", validation {found['validation']['plan']}"] if found.get("validation") else []
     parts += [f", warm start from {one['study']}{' (other data)' * one['other_data']}" for one in found["warm_start"]]
     parts += [f", {found['confirmed']} confirming trainings"] if found["confirmed"] else []
     parts += [f", {found['kept']} models kept"] if found["deleted"] else []
@@ -304,8 +331,8 @@ def status_line(found: dict[str, Any]) -> str:
 
 
 def show(study: Study, number: int) -> dict[str, Any]:
-    """One trial with its ``reports`` (epoch by epoch), whether its model is ``kept``, and its ``log`` (what it printed,
-    tracebacks included).
+    """One trial with its ``reports`` (by epoch, fold or repeat, as ``step`` says), whether its model is ``kept``, and
+    its ``log`` (what it printed, tracebacks included).
 
     Raises:
         StudyError: If the study has no such trial.
@@ -314,10 +341,11 @@ def show(study: Study, number: int) -> dict[str, Any]:
     if trial is None:
         raise StudyError(f"study {study.name!r} has no trial {number}; it has {len(study.trials)}, from 0")
     with study.journal() as journal:
-        reports = journal.reports(trial=number)
+        reports, step = journal.reports(trial=number), parse(config_of(journal).validation).step
     log = places.trial(study.folder, number) / places.LOG
     return trial.to_json() | {
         "reports": [{"attempt": r.attempt, "step": r.step, "metrics": dict(r.metrics)} for r in reports],
+        "step": step,
         "enqueued": enqueued_from(trial),
         "kept": trial.state is TrialState.COMPLETE and places.weights(study.folder, number).exists(),
         "log": log.read_text(errors="replace") if log.exists() else "",
@@ -335,14 +363,17 @@ def trial_lines(found: dict[str, Any]) -> list[str]:
     if found["reason"]:
         out.append(f"{found['reason']}: {found['message']}")
     if found["state"] == TrialState.PRUNED:
-        out.append(f"stopped early by the pruner, after {found['epochs']} epochs; the score is Keras' best until then")
+        count, step = found["epochs"], found["step"]
+        what = "best" if step == "epoch" else "mean"
+        steps = step if count == 1 and step != "epoch" else f"{step}s"
+        out.append(f"stopped early by the pruner, after {count} {steps}; the score is Keras' {what} until then")
     if found["state"] == TrialState.COMPLETE:
         out.append("its model is kept" if found["kept"] else "its model was not kept: others scored better (--keep)")
     out += [f"    {key} = {value}" for key, value in found["params"].items()]
     for one in found["reports"]:
         if one["attempt"] == found["attempt"]:
             metrics = ", ".join(f"{name} {value:.4g}" for name, value in one["metrics"].items())
-            out.append(f"epoch {one['step']}: {metrics}")
+            out.append(f"{found['step']} {one['step']}: {metrics}")
     return [*out, "it printed:", found["log"].rstrip()] if found["log"].strip() else out
 
 

@@ -23,10 +23,13 @@ class View:
     Args:
         planned: Trainings in the plan, those that confirm included.
         earlier: Trials that had ended before, in a study that goes on.
+        step: What trials report after: an epoch, a fold or a repeat.
     """
 
-    def __init__(self, console: Console, planned: int | None, earlier: Sequence[Trial] = ()) -> None:
-        self._console, self._planned = console, planned
+    def __init__(
+        self, console: Console, planned: int | None, earlier: Sequence[Trial] = (), step: str = "epoch"
+    ) -> None:
+        self._console, self._planned, self._step = console, planned, step
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._running: dict[int, tuple[Trial, Report | None]] = {}
         self._ended, self._before = list(earlier), len(earlier)
@@ -88,7 +91,7 @@ class View:
             said = f"{number(trial.score)} after {trial.epochs} epochs, {trial.seconds or 0:.1f} s{mark}"
         elif trial.state is TrialState.PRUNED:
             worth = "" if trial.score is None else f" at {number(trial.score)}"
-            said = f"stopped early after {trial.epochs} epochs{worth}, {trial.seconds or 0:.1f} s"
+            said = f"stopped early after {trial.epochs} {self._step}s{worth}, {trial.seconds or 0:.1f} s"
         else:
             said = f"{trial.state} ({trial.reason}: {trial.message})"
         return f"trial {trial.number} [{len(self._ended)}{of}] {said}  {_params(trial.params)}"
@@ -100,7 +103,7 @@ class View:
 
     def _table(self) -> Group:
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=bool(self._running))
-        for title in ("trial", "epoch", "now", "parameters"):
+        for title in ("trial", self._step, "now", "parameters"):
             table.add_column(title, no_wrap=title != "parameters", overflow="ellipsis")
         for trial, report in self._running.values():
             now = (

@@ -29,11 +29,20 @@ from search.tiers.rows import (
     row_hashes,
     value_hashes,
 )
-from search.tiers.split import GUARD, TEST, TIERS, VALIDATION, Tiers
+from search.tiers.split import GUARD, TEST, TIERS, TRAIN, VALIDATION, Tiers, Units
 from search.tiers.store import OpenRows, SealedError, SealedRows, load_structure
 from search.tiers.streams import Spool
 
-__all__ = ["Dataset", "OpenRows", "SealedError", "SealedRows", "load_structure", "prepare"]
+__all__ = [
+    "Dataset",
+    "OpenRows",
+    "SealedError",
+    "SealedRows",
+    "check_dividable",
+    "labelled",
+    "load_structure",
+    "prepare",
+]
 
 # Part of the digest: raise it when the split or the files change, so that old copies are not taken for new.
 _VERSION = 2
@@ -103,16 +112,7 @@ def _stored(
         return cast(dict[str, Any], json.loads((home / "manifest.json").read_text()))
 
     leakage.check_supplied(rows, given, x_hashes)
-    labels = split.labels_of(rows.y[0])
-    free = given < 0
-    tiers = given.copy()
-    tiers[free] = split.assign(
-        x_hashes[free],
-        labels.codes[free],
-        split_seed,
-        split.sizes(int(free.sum()), **{tier: tier not in names for tier in TIERS[1:]}),
-        **{name: None if value is None else value[free] for name, value in _identity(rows).items()},
-    )
+    labels, tiers = _dealt(rows, given, names, x_hashes, split_seed)
     leakage.check_times(rows, given, tiers)
     if labels.classes is not None:
         _check_classes(labels.classes, labels.codes, tiers)
@@ -138,6 +138,55 @@ def _stored(
     }
     store.write(rows, tiers, identities, manifest, home, sealed)
     return manifest
+
+
+def _dealt(
+    rows: Rows, given: Tiers, names: list[str], x_hashes: Hashes, split_seed: int
+) -> tuple[split.Labels, Tiers]:
+    """What the labels are, and the tier of every row."""
+    labels = split.labels_of(rows.y[0])
+    free = given < 0
+    tiers = given.copy()
+    tiers[free] = split.assign(
+        x_hashes[free],
+        labels.codes[free],
+        split_seed,
+        split.sizes(int(free.sum()), **{tier: tier not in names for tier in TIERS[1:]}),
+        **{name: None if value is None else value[free] for name, value in _identity(rows).items()},
+    )
+    return labels, tiers
+
+
+def check_dividable(dataset: Dataset, plan: str) -> None:
+    """Refuse rows that functions give under a plan of several splits: they go by once, and lie as they came.
+
+    Raises:
+        DataError: If any x is a function.
+    """
+    tiers = [getattr(dataset, name) for name in TIERS[1:]]
+    if any(callable(getattr(part, "x", part[0] if isinstance(part, tuple) else None)) for part in (dataset, *tiers)):
+        raise DataError(
+            f"--validation {plan} needs rows as arrays or paths, but x is a function; give paths and decode(path), "
+            "or leave --validation at holdout"
+        )
+
+
+def labelled(dataset: Dataset, split_seed: int, decode: Decode | None = None) -> Units:
+    """What divides train and validation rows further: their units and strata, in the order of the stored pool.
+
+    Args:
+        dataset: What ``prepare`` was given and accepted; ``split_seed`` and ``decode`` as well.
+    """
+    rows, given, names = _gathered(dataset, decode, Spool(Path()))
+    x_hashes = row_hashes(rows.x)
+    labels, tiers = _dealt(rows, given, names, x_hashes, split_seed)
+    index = store.order(rows, tiers)
+    at = np.concatenate([index[TRAIN], index[VALIDATION]])
+    groups, ids = (None if column is None else column[at] for column in (rows.groups, rows.ids))
+    unit, keys = split.together(x_hashes[at], groups, ids)
+    if rows.time is not None:
+        unit = split.blocks(rows.time[at], groups)
+    return Units(unit, keys, labels.codes[at], labels.classes, rows.time is not None)
 
 
 def _gathered(dataset: Dataset, decode: Decode | None, spool: Spool) -> tuple[Rows, Tiers, list[str]]:

@@ -39,6 +39,25 @@ class Labels:
     codes: Codes
 
 
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Rows that stay together, and what divides them.
+
+    Attributes:
+        unit: Number of each row's unit, from 0; where rows are ordered, units follow each other in time.
+        keys: Hash of what each row is known by.
+        strata: Class or bin of each row, from 0.
+        classes: The class values in order, or None.
+        ordered: Whether rows come in order of time.
+    """
+
+    unit: Codes
+    keys: Hashes
+    strata: Codes
+    classes: list[bool | int | float] | None
+    ordered: bool
+
+
 def labels_of(y: Array) -> Labels:
     """Tell classes from values: integers, booleans, 0/1 floats and one-hot rows are classes.
 
@@ -119,19 +138,31 @@ def assign(
         raise DataError(f"every tier must have rows, but there are only {n} to divide; give at least 4, better 500")
     if time is not None:
         return _by_time(time, groups, quotas)
-    unit = _units(x_hashes, groups, ids)
+    return deal(*together(x_hashes, groups, ids), strata, str(split_seed), quotas)
+
+
+def together(x_hashes: Hashes, groups: Array | None, ids: Array | None) -> tuple[Codes, Hashes]:
+    """For each row the number of the unit that it stays in, and a hash of what it is known by."""
     keys = value_hashes(groups) if groups is not None else value_hashes(ids) if ids is not None else x_hashes
-    rank = _least(unit, _ranks(keys, split_seed))
-    size = np.bincount(unit)
-    stratum = _majority(unit, strata)
+    return _units(x_hashes, groups, ids), keys
+
+
+def deal(unit: Codes, keys: Hashes, strata: Codes, salt: str, quotas: dict[int, int]) -> Tiers:
+    """The tier of every row, by ``together`` of the rows and a salt for the hashes that order the units."""
+    rank, size, stratum = ordered_units(unit, keys, strata, salt)
     tiers = _deal_strata(rank, size, _coarsened(stratum, size), quotas)
     if any(quotas[tier] and not (tiers == tier).any() for tier in (*_DEALT,)) or not (tiers == TRAIN).any():
         tiers = _deal_strata(rank, size, np.zeros_like(stratum), quotas, fill=True)
     return tiers[unit]
 
 
-def _ranks(keys: Hashes, split_seed: int) -> Hashes:
-    seed = f"{split_seed}/".encode()
+def ordered_units(unit: Codes, keys: Hashes, strata: Codes, salt: str) -> tuple[Hashes, Codes, Codes]:
+    """Of each unit its rank by a salted hash of what it is known by, its rows, and its most common stratum."""
+    return _least(unit, _ranks(keys, salt)), np.bincount(unit), _majority(unit, strata)
+
+
+def _ranks(keys: Hashes, salt: str) -> Hashes:
+    seed = f"{salt}/".encode()
     values, inverse = np.unique(keys, return_inverse=True)
     ranks = hashed(values.tolist(), lambda key: seed + key.to_bytes(8, "little"))
     return ranks[inverse]
@@ -236,8 +267,8 @@ def _deal(size: Codes, quotas: dict[int, int], fill: bool) -> Tiers:
     return tiers
 
 
-def _by_time(time: Array, groups: Array | None, quotas: dict[int, int]) -> Tiers:
-    """Cut the rows in order of time, latest to test; groups that overlap in time stay together too."""
+def blocks(time: Array, groups: Array | None) -> Codes:
+    """The block of each row, numbered in order of time; rows of one time, and groups that overlap, share a block."""
     moment = np.unique(time, return_inverse=True)[1].astype(np.int64)
     block = moment
     if groups is not None:
@@ -252,6 +283,12 @@ def _by_time(time: Array, groups: Array | None, quotas: dict[int, int]) -> Tiers
         np.add.at(covered, last, -1)
         gaps = np.cumsum(covered)[: int(moment.max())] == 0  # whether a cut after this moment parts no group
         block = np.append(0, np.cumsum(gaps))[moment]
+    return block
+
+
+def _by_time(time: Array, groups: Array | None, quotas: dict[int, int]) -> Tiers:
+    """Cut the rows in order of time, latest to test; groups that overlap in time stay together too."""
+    block = blocks(time, groups)
     latest_first = int(block.max()) - block
     try:
         return _deal(np.bincount(latest_first), quotas, fill=True)[latest_first]

@@ -10,6 +10,7 @@ Both are written once, under a digest of everything that shaped them, and never 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -43,11 +44,7 @@ def write(rows: Rows, tiers: Tiers, identities: Hashes, manifest: Mapping[str, A
     Raises:
         OSError: The disk is full or the folder cannot be written; both folders are as before then.
     """
-    index = {number: np.flatnonzero(tiers == number) for number in range(len(TIERS))}
-    if rows.time is not None:
-        index = {number: at[np.argsort(rows.time[at], kind="stable")] for number, at in index.items()}
-    elif files := [leaf for leaf in rows.x if isinstance(leaf, Files)]:
-        index = {number: files[0].order(at) for number, at in index.items()}
+    index = order(rows, tiers)
     pool = np.concatenate([index[TRAIN], index[VALIDATION], index[GUARD]])
     named = pool[: len(pool) - len(index[GUARD])]
     (home.parent).mkdir(parents=True, exist_ok=True)
@@ -90,6 +87,16 @@ def write(rows: Rows, tiers: Tiers, identities: Hashes, manifest: Mapping[str, A
     finally:
         shutil.rmtree(secret, ignore_errors=True)
         shutil.rmtree(public, ignore_errors=True)
+
+
+def order(rows: Rows, tiers: Tiers) -> dict[int, Array]:
+    """Positions of each tier's rows, in the order in which they are stored."""
+    index: dict[int, Array] = {number: np.flatnonzero(tiers == number) for number in range(len(TIERS))}
+    if rows.time is not None:
+        index = {number: at[np.argsort(rows.time[at], kind="stable")] for number, at in index.items()}
+    elif files := [leaf for leaf in rows.x if isinstance(leaf, Files)]:
+        index = {number: files[0].order(at) for number, at in index.items()}
+    return index
 
 
 def merged(home: Path, sealed: Path, tiers: Sequence[str], folder: Path) -> None:
@@ -241,6 +248,21 @@ class OpenRows(_Stored):
             )
         return self._index[tier]
 
+    def divided(self, train: Array, validation: Array) -> OpenRows:
+        """The same stored rows, with others of the first ``labelled`` ones as train and validation rows.
+
+        Args:
+            train, validation: Positions in ``pool()``, int64.
+        """
+        out = copy.copy(self)
+        out._index = {**self._index, "train": train, "validation": validation}
+        return out
+
+    @property
+    def labelled(self) -> int:
+        """Rows whose labels are open, which come first in ``pool()``: those of train and validation."""
+        return len(self._y[0])
+
     def pool(self) -> tuple[Array | Files, ...]:
         """Feature leaves of train, validation and guard rows, memory-mapped and read-only, or files."""
         return self._x
@@ -266,6 +288,10 @@ class OpenRows(_Stored):
         self._check_open(tier)
         at = self._at(tier, rows)
         return self._structure("y").packed([leaf[at] for leaf in self._y])
+
+    def labels_at(self, places: Array) -> Any:
+        """Copies of the labels of the ``labelled`` rows at these positions of the pool, in the structure of y."""
+        return self._structure("y").packed([np.asarray(leaf[places]) for leaf in self._y])
 
     def weights(self, rows: Array | None = None, tier: str = "train") -> Array | None:
         """Sample weights, float32, or None if the Dataset has none."""
