@@ -269,7 +269,7 @@ class Done:
 def launched(folder: Path, words: str, *options: str, **parts: str) -> Done:
     space = write_space(folder, **(SPACE | parts))
     asked = ("--validation", words, "--study", "s", "--workspace", str(folder / "ws"), "--json")
-    ran = run_heldout("launch", space, *PLAN, *asked, *options)
+    ran = run_heldout("launch", space, *PLAN, *asked, *options, timeout=900)
     assert ran.returncode == 0, ran.stderr
     return Done(folder, Study("s", folder / "ws"), json.loads(ran.stdout), ran.stderr)
 
@@ -304,7 +304,7 @@ def hits(files: list[Path], labels: np.ndarray) -> float:
     return float((predicted.argmax(axis=1) == labels).mean())
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_every_fold_trains_in_a_process_of_its_own_and_the_score_is_out_of_fold(folded: Done) -> None:
     rows, found = rows_of(folded)
     splits = folds.parts(found, 0)
@@ -327,7 +327,7 @@ def test_every_fold_trains_in_a_process_of_its_own_and_the_score_is_out_of_fold(
     assert [int(count) for _, count in fitted] == sizes * 5
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_preprocessing_learns_from_each_folds_train_rows_alone(folded: Done) -> None:
     rows, found = rows_of(folded)
     pool = rows.pool()[0].astype("float64")
@@ -337,7 +337,7 @@ def test_preprocessing_learns_from_each_folds_train_rows_alone(folded: Done) -> 
     assert [one["sum"] for one in seen] == pytest.approx([pool[part].sum() for part in parts])
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_what_folds_alone_say_is_optimistic_and_what_guard_rows_say_is_corrected(
     folded: Done, heldout: Heldout
 ) -> None:
@@ -359,7 +359,7 @@ def test_what_folds_alone_say_is_optimistic_and_what_guard_rows_say_is_corrected
         assert journal.get("study")["config"]["validation"] == "kfold:3"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_the_model_that_predicted_the_guard_rows_is_the_one_that_is_exported(
     folded: Done, heldout: Heldout, tmp_path: Path
 ) -> None:
@@ -375,7 +375,7 @@ def test_the_model_that_predicted_the_guard_rows_is_the_one_that_is_exported(
     assert "| validation (kfold:3, optimistic) |" in card and "so it is optimistic" in card
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_trial_of_folds_is_reproduced_to_the_bit(folded: Done, heldout: Heldout) -> None:
     kept = folded.report["winner"]["trial"]
     ran = heldout("reproduce", "s", str(kept), "--workspace", str(folded.folder / "ws"))
@@ -403,11 +403,11 @@ def killed(folder: Path, words: str, when: Callable[[], bool], *options: str) ->
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    ran = run_heldout("resume", "s", "--workspace", str(folder / "ws"))
+    ran = run_heldout("resume", "s", "--workspace", str(folder / "ws"), timeout=900)
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("checkpoints", [False, True], ids=["again", "from the folds that had ended"])
 def test_a_study_of_folds_that_was_killed_ends_as_the_uninterrupted_one(
     folded: Done, tmp_path: Path, checkpoints: bool
@@ -424,7 +424,7 @@ def test_a_study_of_folds_that_was_killed_ends_as_the_uninterrupted_one(
     assert not list(study.folder.rglob("*checkpoint*"))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_every_trial_has_a_split_of_its_own_and_preprocessing_of_that_split(shuffled: Done, tmp_path: Path) -> None:
     rows, found = rows_of(shuffled)
     trials = shuffled.study.trials
@@ -446,7 +446,7 @@ def test_every_trial_has_a_split_of_its_own_and_preprocessing_of_that_split(shuf
     assert report["corrected"]["interval"][0] <= report["corrected"]["estimate"]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_reshuffled_trial_is_exported_with_its_own_preprocessing(
     shuffled: Done, heldout: Heldout, tmp_path: Path
 ) -> None:
@@ -459,7 +459,7 @@ def test_a_reshuffled_trial_is_exported_with_its_own_preprocessing(
     assert "reproduced exactly" in again.stdout, again.stdout + again.stderr
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("words", ["kfold:3", "repeated:2", "reshuffle"])
 def test_other_guard_labels_leave_every_trial_as_it_is(words: str, tmp_path: Path, ledger: None) -> None:
     first = launched(tmp_path, words, "--confirm", "0", "--sampler", "tpe")
@@ -468,7 +468,7 @@ def test_other_guard_labels_leave_every_trial_as_it_is(words: str, tmp_path: Pat
     np.save(sealed, 1 - labels)
     space = write_space(tmp_path, **SPACE)
     asked = ("--validation", words, "--study", "t", "--workspace", str(tmp_path / "ws"), "--confirm", "0")
-    ran = run_heldout("launch", space, *PLAN, "--sampler", "tpe", *asked)
+    ran = run_heldout("launch", space, *PLAN, "--sampler", "tpe", *asked, timeout=900)
     assert ran.returncode == 0, ran.stderr
     second = Study("t", tmp_path / "ws")
     assert sequence(first.study) == sequence(second)
@@ -486,7 +486,7 @@ WEAK = {
 }
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_trial_is_stopped_after_a_fold_at_the_mean_of_its_folds(
     tmp_path: Path, heldout: Heldout, ledger: None
 ) -> None:
@@ -527,7 +527,7 @@ RAISING = (
 )
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_killed_fold_is_a_killed_trial_and_an_error_in_one_is_the_trials(tmp_path: Path, ledger: None) -> None:
     for name in ("dying", "raising"):
         (tmp_path / name).mkdir()
@@ -540,7 +540,7 @@ def test_a_killed_fold_is_a_killed_trial_and_an_error_in_one_is_the_trials(tmp_p
     assert all(set(trial.params) == {"units", "rate"} for trial in failed)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_check_says_how_trials_are_judged_and_counts_their_trainings(tmp_path: Path, heldout: Heldout) -> None:
     space, where = write_space(tmp_path, **SPACE), ("--workspace", str(tmp_path / "ws"))
     said = heldout("check", space, "--validation", "repeated:2", *where)

@@ -30,7 +30,8 @@ def main(job: dict[str, Any], channel: Channel) -> None:
         send = asking(channel, rungs) if rungs else channel.send
         result = JOBS[job["kind"]]({**job["payload"], "slot": job.get("slot")}, send)
     except BaseException as error:
-        traceback.print_exc()
+        if not isinstance(error, failing.Told):  # whoever told has printed it
+            traceback.print_exc()
         channel.send(failing.told(error, bool((job.get("slot") or {}).get("gpus"))))
     else:
         channel.send({"type": "result", **result})
