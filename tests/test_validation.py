@@ -535,9 +535,29 @@ def test_a_killed_fold_is_a_killed_trial_and_an_error_in_one_is_the_trials(tmp_p
     assert [trial.attempt for trial in done.study.trials] == [0, 1, 0] and done.report["retries"] == {"crash": 1}
     done = launched(tmp_path / "raising", "kfold:3", "--confirm", "0", rest=RAISING)
     failed = [trial for trial in done.study.trials if trial.state is TrialState.FAILED]
-    assert len(failed) == 2 and {trial.reason for trial in failed} == {"crash"}
+    assert len(failed) == sum(trial.params["units"] != 4 for trial in done.study.trials) >= 1
+    assert {trial.reason for trial in failed} == {"crash"}
     assert all("the refit goes wrong" in (trial.message or "") and trial.attempt == 0 for trial in failed)
     assert all(set(trial.params) == {"units", "rate"} for trial in failed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("column", ["time=np.arange(200)", "groups=np.arange(200) // 2", ""])
+@pytest.mark.parametrize("words", ["kfold:3", "repeated:2", "reshuffle"])
+def test_every_plan_ends_in_a_report_whatever_the_rows(
+    words: str, column: str, tmp_path: Path, ledger: None
+) -> None:
+    load = PARTS["load"].replace("'int64'))", f"'int64'), {column})")
+    method = () if column else ("--start-method", "spawn")
+    done = launched(tmp_path, words, "--confirm", "1", "--confirm-seeds", "1", *method, load=load)
+    report, (rows, found) = done.report, rows_of(done)
+    assert report["trials"] == {"complete": 3, "pruned": 0, "failed": 0} and report["noise_floor"] is None
+    assert report["validation"]["plan"] == words and report["validation"]["label"] == "optimistic"
+    assert report["corrected"]["interval"][0] <= report["corrected"]["estimate"] <= report["corrected"]["interval"][1]
+    assert rows.manifest["ordered"] == ("time" in column) and found["ordered"] == ("time" in column)
+    if words == "kfold:3":  # of rows in time, the earliest block validates nothing
+        assert (found["rows"] < rows.labelled) == ("time" in column)
 
 
 @pytest.mark.timeout(1800)

@@ -99,7 +99,8 @@ class _Trial:
             payload["preprocess"] = str(preprocess_of(Path(self._payload["folds"]["folder"]), number))
         payload["preflight"] = bool(self._payload.get("preflight")) and number == 0
         identity = self._identity(number)
-        body = self._kept(place, identity)
+        # A preflight that was not recorded must be run and told again.
+        body = None if payload["preflight"] else self._kept(place, identity)
         if body is None:
             body = self._trained(payload)
             if self._payload.get("checkpoint_minutes") is not None:
