@@ -355,4 +355,5 @@ def test_missing_rows_are_named(tmp_path):
 
 
 def test_the_module_offers_exactly_its_names():
-    assert data.__all__ == ["Dataset", "OpenRows", "SealedError", "SealedRows", "load_structure", "prepare"]
+    names = ["Dataset", "OpenRows", "SealedError", "SealedRows", "labelled", "load_structure", "prepare"]
+    assert data.__all__ == names
