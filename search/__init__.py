@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from search.definition.assets import cache_folder
     from search.definition.moving import OptunaTrial
+    from search.ensembles.ensembling import ensemble
     from search.errors import (
         DamagedError,
         DataError,
@@ -54,6 +55,7 @@ _HOME = {
     "check": "rehearsal",
     "compare": "shown.comparison",
     "delete": "record.lifecycle",
+    "ensemble": "ensembles.ensembling",
     "evaluate": "guard.evaluation",
     "gc": "record.garbage",
     "launch": "wiring",
@@ -84,6 +86,7 @@ __all__ = [
     "check",
     "compare",
     "delete",
+    "ensemble",
     "evaluate",
     "gc",
     "launch",

@@ -74,9 +74,7 @@ def export(
         check_name(register, "a model's name")
     if format not in FORMATS:
         raise RequestError(f"--format must be one of {', '.join(FORMATS)}, but got {format!r}")
-    folder = Path(out).expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RequestError(f"--out must be a new or empty folder, but {folder} is not; choose another")
+    folder = new_folder(out)
     watcher = watcher or Silent()
     with study.journal() as journal:
         chosen = _chosen(study, journal, trial)
@@ -85,7 +83,7 @@ def export(
         uri = ""
         if register is not None:
             uri = publishing.uri_of(places.study(journal.get("study"), study.workspace))
-        with _beside(folder) as scratch:
+        with beside(folder) as scratch:
             prepared = jobs.prepared_for(journal, chosen)
             made = Path(scratch) / "out"
             made.mkdir()
@@ -108,7 +106,19 @@ def export(
     return lineage
 
 
-def _beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
+def new_folder(out: str | os.PathLike[str]) -> Path:
+    """Where something is to be exported.
+
+    Raises:
+        RequestError: If there is something already.
+    """
+    folder = Path(out).expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RequestError(f"--out must be a new or empty folder, but {folder} is not; choose another")
+    return folder
+
+
+def beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
     """A folder to write in that can be moved into place."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

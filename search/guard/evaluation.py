@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,40 @@ def open_test(
     prepared, selection = places.prepared(journal), journal.get("selection")
     watcher.say("freezing the selection")
     frozen = freeze(folder, journal, executor, watcher, final)
+
+    def score(sealed: SealedRows, opening: int) -> dict[str, Any]:
+        return _scored(folder, journal, prepared, frozen, selection, sealed, executor, watcher, opening)
+
+    by = f"heldout evaluate {folder.name}"
+    asked: dict[str, Any] = {"purpose": "winner against baseline", "by": by, "again": again}
+    return _record(journal, "evaluation", opened(folder, journal, executor, watcher, frozen, score, **asked))
+
+
+def opened(
+    folder: Path,
+    journal: Journal,
+    executor: Executor,
+    watcher: Watcher,
+    frozen: Mapping[str, Any],
+    score: Callable[[SealedRows, int], dict[str, Any]],
+    *,
+    purpose: str,
+    by: str,
+    again: bool,
+) -> dict[str, Any]:
+    """What the test rows say of frozen models: entered in the ledger first, or answered from its record.
+
+    Args:
+        frozen: ``models`` and ``digest``, as of ``freezing.freeze``.
+        score: From the sealed rows and the number of the opening to what is kept as its result.
+        purpose: What the opening is for, for the ledger.
+        by: The command that opens rows again.
+        again: Open rows that were opened before; False leaves them sealed and says so.
+
+    Returns:
+        What ``score`` returned, now or when the same frozen models were tested; or ``opened`` False and ``why``.
+    """
+    prepared = places.prepared(journal)
     sealed, fingerprint = SealedRows(Path(prepared["sealed"])), prepared["manifest"]["fingerprint"]
     hashes, prior = sealed.row_hashes(), prepared["manifest"]["prior_openings"]
     ledger = Ledger()
@@ -120,11 +155,10 @@ def open_test(
     recorded = ledger.find(frozen["digest"])
     if recorded is not None:
         watcher.say("this selection was tested before: its recorded answer stands, and nothing was opened")
-        return _record(journal, "evaluation", recorded)
+        return recorded
     earlier = ledger.openings(hashes, fingerprint, prior=prior)
     if earlier and not again:
-        why = _used(earlier, prior, folder.name)
-        return _record(journal, "evaluation", {"opened": False, "why": why, "openings": earlier})
+        return {"opened": False, "why": _used(earlier, prior, by), "openings": earlier}
     space = prepared["problem"]["path"]
     if not earlier and (changed := ledger.changed(space, hashes, fingerprint)):
         watcher.say(
@@ -138,7 +172,7 @@ def open_test(
         "fingerprint": fingerprint,
         "frozen": frozen["digest"],
         "models": {role: item["sha256"] for role, item in frozen["models"].items()},
-        "purpose": "winner against baseline",
+        "purpose": purpose,
         "time": time.time(),
     }
     for own, group in by_text(journal, frozen["models"]):  # a model that cannot be loaded costs no opening
@@ -147,11 +181,11 @@ def open_test(
     number = ledger.append(entry, hashes, expected=None if again else 1, prior=prior, alpha=verdicts.alpha)
     watcher.say(f"opening the sealed test rows (opening {number} of these rows)")
     try:
-        result = _scored(folder, journal, prepared, frozen, selection, sealed, executor, watcher, number)
+        result = score(sealed, number)
     except RequestError as error:
         raise RequestError(f"opening {number} of these test rows is entered and counts, but {error}") from None
     ledger.record_result(number, frozen["digest"], result)
-    return _record(journal, "evaluation", result)
+    return result
 
 
 def _draw(folder: Path, journal: Journal) -> None:
@@ -167,11 +201,11 @@ def _draw(folder: Path, journal: Journal) -> None:
     picture.draw(folder / PICTURE, report(Study.at(folder)), series)
 
 
-def _used(earlier: int, prior: int, study: str) -> str:
+def _used(earlier: int, prior: int, by: str) -> str:
     how_often = times(earlier) + (f" (of these {prior} by the prior_openings of load())" if prior else "")
     return (
         f"these test rows have been opened {how_often} before, so they stay sealed; "
-        f"`heldout evaluate {study}` opens them again, counted, and a test set used again flatters"
+        f"`{by}` opens them again, counted, and a test set used again flatters"
     )
 
 
@@ -196,10 +230,7 @@ def _scored(
     models, manifest = frozen["models"], prepared["manifest"]
     alpha = verdicts.alpha(opening)
     metric = scoring.resolve(frozen["objective"], models["winner"]["declaration"])
-    files: dict[str, list[str]] = {}
-    features = sealed.feature_files("test")
-    for own, group in by_text(journal, models):
-        files |= predict_file(executor, watcher, own, group, "test", folder / "frozen", features)["predictions"]
+    files = predicted(folder, journal, executor, watcher, models, sealed)
     out: dict[str, Any] = {
         "opened": True,
         "opening": opening,
@@ -241,7 +272,46 @@ def _with_intervals(
     sealed: SealedRows,
     alpha: float,
 ) -> dict[str, Any]:
-    labels, level = sealed.labels("test"), 1 - alpha
+    inputs, out, rows = tested(prepared, frozen, files, sealed, alpha)
+    corrected = selection["corrected"]
+    known = corrected is not None and corrected["interval"] is not None
+    if known and frozen["final"] is None:  # a refitted model is another one
+        errors = (selection["winner"]["guard_error"], statistics.standard_error(inputs["winner"], **rows))
+        found = verdicts.gap(corrected["estimate"], inputs["winner"].value, *errors, prepared["direction"])
+        out["gap"] = None if found is None else {"gap": found.gap, "z": found.z, "smallest": found.smallest}
+    if "baseline" in inputs and out["baseline"]["trial"] != out["winner"]["trial"]:
+        out["difference"] = compared(inputs["winner"], inputs["baseline"], alpha, rows)
+        out["beats_baseline"] = bool(out["difference"]["interval"][0] > 0)
+    return out
+
+
+def predicted(
+    folder: Path, journal: Journal, executor: Executor, watcher: Watcher, models: dict[str, Any], sealed: SealedRows
+) -> dict[str, list[str]]:
+    """Predictions of the test rows by role, one ``.npy`` per output; to be called when the opening is entered."""
+    files: dict[str, list[str]] = {}
+    features = sealed.feature_files("test")
+    for own, group in by_text(journal, models):
+        files |= predict_file(executor, watcher, own, group, "test", folder / "frozen", features)["predictions"]
+    return files
+
+
+def tested(
+    prepared: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    files: Mapping[str, list[str]],
+    sealed: SealedRows,
+    alpha: float,
+) -> tuple[dict[str, scoring.Score], dict[str, Any], dict[str, Any]]:
+    """Scores of frozen models on the test rows, by role.
+
+    Args:
+        files: Predictions by role, one ``.npy`` per output.
+
+    Returns:
+        The scores; the same as JSON with intervals; and what the rows' dependence is, for ``statistics``.
+    """
+    labels = sealed.labels("test")
     rows: dict[str, Any] = {"groups": sealed.groups("test"), "ordered": prepared["manifest"]["ordered"]}
     inputs: dict[str, scoring.Score] = {}
     out: dict[str, Any] = {}
@@ -250,32 +320,33 @@ def _with_intervals(
         predictions = [np.load(path, allow_pickle=False) for path in files[role]]
         names = [output["name"] for output in item["declaration"]["outputs"]]
         inputs[role] = scoring.score(metric, item["declaration"], predictions, scoring.in_order(labels, names))
-        interval = statistics.test_interval(inputs[role], level=level, **rows)
+        interval = statistics.test_interval(inputs[role], level=1 - alpha, **rows)
         out[role] = {
             "trial": item["trial"],
             "score": inputs[role].value,
             "interval": [interval.low, interval.high],
             "method": interval.method,
         }
-    corrected = selection["corrected"]
-    known = corrected is not None and corrected["interval"] is not None
-    if known and frozen["final"] is None:  # a refitted model is another one
-        errors = (selection["winner"]["guard_error"], statistics.standard_error(inputs["winner"], **rows))
-        found = verdicts.gap(corrected["estimate"], inputs["winner"].value, *errors, prepared["direction"])
-        out["gap"] = None if found is None else {"gap": found.gap, "z": found.z, "smallest": found.smallest}
-    if "baseline" in inputs and out["baseline"]["trial"] != out["winner"]["trial"]:
-        difference = statistics.paired_difference(inputs["winner"], inputs["baseline"], level=level, **rows)
-        # Half the interval over its z; asymmetric ones give their mean.
-        error = (difference.high - difference.low) / (2 * intervals.z(level))
-        out["difference"] = {
-            "gain": difference.estimate,
-            "interval": [difference.low, difference.high],
-            "method": difference.method,
-            "p": difference.p,
-            "smallest": verdicts.smallest_gain(error, alpha) if error else None,
-        }
-        out["beats_baseline"] = bool(difference.low > 0)
-    return out
+    return inputs, out, rows
+
+
+def compared(ours: scoring.Score, theirs: scoring.Score, alpha: float, rows: Mapping[str, Any]) -> dict[str, Any]:
+    """The paired difference of two scores as JSON, turned so that positive is a gain, and the smallest that would show.
+
+    Args:
+        rows: What the rows' dependence is, see ``tested``.
+    """
+    level = 1 - alpha
+    difference = statistics.paired_difference(ours, theirs, level=level, **rows)
+    # Half the interval over its z; asymmetric ones give their mean.
+    error = (difference.high - difference.low) / (2 * intervals.z(level))
+    return {
+        "gain": difference.estimate,
+        "interval": [difference.low, difference.high],
+        "method": difference.method,
+        "p": difference.p,
+        "smallest": verdicts.smallest_gain(error, alpha) if error else None,
+    }
 
 
 def _by_keras(

@@ -270,6 +270,22 @@ def refit(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
     }
 
 
+def merge(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Write one model around several exported files, which averages what they say; see ``merging.merged``."""
+    from search.ensembles import merging
+    from search.harness import preflight, training
+    from search.processes import devices
+
+    if payload.get("slot"):
+        devices.apply(payload["slot"])
+    if payload["custom"]:
+        SpaceModule(Problem(**payload["problem"]))
+    out = Path(payload["out"])
+    model = merging.merged(payload["members"], payload["written"])
+    training.save(model, out)
+    return {"size": int(model.count_params()), "custom": list(preflight.custom_objects(out))}
+
+
 def saved_model(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
     """Write an exported file in TensorFlow's format beside it."""
     import keras
@@ -344,6 +360,7 @@ JOBS: dict[str, Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], Job
     "check": check,
     "export": export,
     "refit": refit,
+    "merge": merge,
     "saved_model": saved_model,
     "predict": predict,
     "score": score,

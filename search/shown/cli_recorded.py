@@ -1,4 +1,4 @@
-"""Commands about studies that are recorded: looking at them, stopping, mending, repeating and removing them."""
+"""Commands about studies that are recorded: looking, stopping, mending, repeating, averaging and removing."""
 
 from __future__ import annotations
 
@@ -177,6 +177,35 @@ def reproduce(study: str, trial: int, workspace: str | None, as_json: bool) -> N
 
 
 @click.command()
+@click.argument("study")
+@click.option("--size", type=int, default=5, show_default=True, help="Picks at most, of one model several times too.")
+@click.option("--out", metavar="DIR", help="Write it to a new or empty folder, as one Keras model.")
+@click.option(
+    "--evaluate",
+    type=click.Choice(["auto", "yes", "no"]),
+    default="no",
+    show_default=True,
+    help="Open the test rows for it and the single winner, counted: auto only if no study has opened them.",
+)
+@options.workspace
+@options.as_json
+def ensemble(study: str, size: int, out: str | None, evaluate: str, workspace: str | None, as_json: bool) -> None:
+    """Average models of STUDY, and say whether that wins.
+
+    Models are picked by guard rows, and judged by guard rows that did not pick them and by a test, if asked for.
+    """
+    from search.ensembles.ensemble_words import lines
+    from search.study import Study
+
+    recorded = Study(study, workspace)  # before what takes a while to import
+    from search.ensembles.ensembling import ensemble as run
+
+    with watching(None, as_json) as watcher:
+        found = run(recorded, size, out=out, evaluate=evaluate, watcher=watcher)
+    told(found, lines, as_json)
+
+
+@click.command()
 @options.as_json
 def ledger(as_json: bool) -> None:
     """Show what held-out rows have been used for.
@@ -230,4 +259,4 @@ def collect(dry_run: bool, yes: bool, workspace: str | None, as_json: bool) -> N
     told(found, lambda waste: garbage.lines(waste, dry_run), as_json)
 
 
-COMMANDS = (status, report, compare, trials, show, stop, repair, reproduce, ledger, delete, collect)
+COMMANDS = (status, report, compare, trials, show, stop, repair, reproduce, ensemble, ledger, delete, collect)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from search.definition.domain import Domain
+from search.ensembles import ensemble_words
 from search.errors import StudyError
 from search.guard import belief, verdicts
 from search.guard.ledger import times
@@ -35,6 +36,7 @@ def report(study: Study) -> dict[str, Any]:
         selection = journal.get("selection") or {}
         evaluation = journal.get("evaluation") or {}
         preflight = journal.get("preflight")
+        ensemble = ensemble_words.latest(journal.get("ensembles"), selection)
         ended, plan = journal.get("ended"), config_of(journal) if meta else None
         judged = (journal.get("prepared") or {}).get("validation")
     count = {state: sum(t.state is state for t in searched(trials)) for state in TrialState}
@@ -72,6 +74,7 @@ def report(study: Study) -> dict[str, Any]:
         "sealed": None if evaluation.get("opened") else evaluation.get("why"),
         "verdicts": evaluation.get("verdicts", []),
         "final": evaluation.get("final"),
+        "ensemble": ensemble,
         "picture": str(picture) if picture.exists() else None,
         "data": meta.get("data"),
         "tracking": {key: tracking.get(key) for key in ("uri", "experiment_id", "run_id")},
@@ -162,6 +165,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     elif base["trial"]:
         out.append(f"baseline: the configuration of trial 0 (the space's defaults), again as trial {base['trial']}")
     out += _table(found, objective)
+    out += ensemble_words.brief(found["ensemble"], name) if found["ensemble"] else []
     if found["picture"]:
         out.append(f"picture: {found['picture']}")
     out += [f"verdict: {name} ({verdicts.MEANING[name]})" for name in found["verdicts"]]
