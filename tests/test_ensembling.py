@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 import search
 from search.cli import main
-from search.ensembles import blending, ensemble_words
+from search.ensembles import blending, ensemble_words, ensembling
 from search.ensembles.blending import Blend
 from search.ensembles.ensemble_judging import alike, judged
 from search.errors import RequestError, StudyError
@@ -58,10 +58,18 @@ PREPROCESS = (
     "def preprocess(train):\n"
     "    return keras.Sequential([keras.Input((4,)), keras.layers.Rescaling(1 / 3, offset=0.1)])"
 )
+# A layer of the user's own, without which no file of these models can be loaded.
+CUSTOM = (
+    "@keras.saving.register_keras_serializable('tiny')\n"
+    "class Same(keras.layers.Layer):\n"
+    "    def call(self, x):\n"
+    "        return x"
+)
+CALLED = "    model.add(Same())\n"
 # A head by least squares on hidden units as they were drawn: no gradient, and every seed another model.
 SOLVED = (
     "def fit(hp, model, x, y, **_):\n"
-    "    first, head = model.layers\n"
+    "    first, _, head = model.layers\n"
     "    z = np.hstack([np.tanh(x @ np.array(first.weights[0].numpy())), np.ones((len(x), 1))])\n"
     "    found = np.linalg.lstsq(z, np.eye(2)[np.asarray(y)] * 4 - 2, rcond=None)[0]\n"
     "    head.set_weights([found[:-1], found[-1]])"
@@ -73,7 +81,8 @@ TRIALS = 5
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A complete study of five trials in its journal, its winner chosen and its test rows sealed."""
     folder = tmp_path_factory.mktemp("recorded")
-    done = Searched(folder, load=HARD, build=LOGITS, rest=f"{PREPROCESS}\n\n\n{SOLVED}")
+    build = LOGITS.replace("    model.add(keras.layers.Dense(2))\n", f"{CALLED}    model.add(keras.layers.Dense(2))\n")
+    done = Searched(folder, load=HARD, build=build, rest="\n\n\n".join((CUSTOM, PREPROCESS, SOLVED)))
     judge = RowJudge(
         done.rows.path, done.sealed.path, done.prepared["objective"], done.prepared["problem"], done.study / "guard"
     )
@@ -162,6 +171,7 @@ def test_an_ensemble_is_one_file_with_its_lineage_and_card(study: Study, tmp_pat
     assert lineage["ensemble"]["members"][0]["params"] == {"units": 6} and lineage["weights"] == found["weights"]
     assert lineage["test"] is None and lineage["cross_fitted"] == found["cross_fitted"]
     card = (out / "MODEL_CARD.md").read_text()
+    assert "import space  # registers Same" in card and lineage["custom_objects"][0]["registered"] == "tiny>Same"
     assert "no corrected estimate" in card and "guard, cross-fitted" in card and "| test |" not in card
     assert not Ledger().summary()["openings"]
 
@@ -267,6 +277,18 @@ def test_a_metric_that_only_keras_can_compute_is_refused(study: Study, monkeypat
     monkeypatch.setattr(scoring, "resolve", lambda *asked: replace(plain(*asked), kind="custom"))
     with pytest.raises(RequestError, match="only Keras can compute val_accuracy"):
         search.ensemble(study)
+
+
+def test_custom_layers_of_two_texts_do_not_go_into_one_file(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = ensembling.by_text
+
+    def apart(journal: Any, models: dict[str, Any]) -> list[Any]:
+        return [group for role, item in models.items() for group in plain(journal, {role: item})]
+
+    monkeypatch.setattr(ensembling, "by_text", apart)
+    monkeypatch.setattr(blending, "greedy", lambda _, count, size: np.eye(count)[:2].mean(axis=0))
+    with pytest.raises(RequestError, match="must be of one text of the space module, but its members .* with 2"):
+        search.ensemble(study, 4)
 
 
 def test_a_file_that_says_something_else_than_its_members_is_no_ensemble(
@@ -403,7 +425,7 @@ def test_guard_rows_of_one_group_judge_nothing_and_alike_models_correlate() -> N
     blend, pool, tiers = judging("accuracy", "max", 1)
     assert judged(blend, pool, tiers, 3, {"groups": np.zeros(90), "ordered": False}) is None
     found = alike(blend, [10, 11, 12, 13, 14], np.array([0.5, 0, 0, 0.5, 0]))
-    assert found["trials"] == [10, 13] and found["of"] == "losses by row"
+    assert found["trials"] == [10, 13] and found["of"] == "errors"
     assert found["table"][0][0] == pytest.approx(1) and found["table"][0][1] == found["table"][1][0]
 
 

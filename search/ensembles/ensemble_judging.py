@@ -15,7 +15,7 @@ from search.guard import statistics
 from search.guard.candidates import Candidate, Pool, parts_of
 from search.guard.evaluation import compared
 from search.scorer import scoring
-from search.scorer.metrics import RANKS, RATIOS, Codes, Floats
+from search.scorer.metrics import PROPORTIONS, RANKS, RATIOS, Codes, Floats
 from search.scorer.scoring import Metric, Score
 
 _ALPHA = 0.05  # of the intervals
@@ -32,7 +32,7 @@ def alike(blend: Blend, trials: Sequence[int], weights: Floats) -> dict[str, Any
         else:
             columns.append(blend.parts(one)[:, 0])
     return {
-        "of": "predictions" if kind in RANKS | RATIOS else "losses by row",
+        "of": "predictions" if kind in RANKS | RATIOS else "errors" if kind in PROPORTIONS else "losses",
         "trials": [trials[int(k)] for k in at],
         "table": blending.correlations(columns),
     }

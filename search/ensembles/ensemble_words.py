@@ -57,8 +57,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     else:
         level = belief.level(judged["level"])
         out.append(
-            f"{name} on {judged['rows']} guard rows, each judged by what was fitted without it ({judged['folds']} "
-            f"folds); gain over the single model, {level} interval:"
+            f"{name} on {judged['rows']} guard rows by what was fitted without them ({judged['folds']} folds), and "
+            f"gain over the single model ({level}):"
         )
         for way, words in _WAYS.items():
             gain = judged["gains"].get(way)
