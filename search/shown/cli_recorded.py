@@ -178,7 +178,7 @@ def reproduce(study: str, trial: int, workspace: str | None, as_json: bool) -> N
 
 @click.command()
 @click.argument("study")
-@click.option("--size", type=int, default=5, show_default=True, help="Picks at most, of one model several times too.")
+@click.option("--size", type=int, default=5, show_default=True, help="Picks at most; a model may be picked twice.")
 @click.option("--out", metavar="DIR", help="Write it to a new or empty folder, as one Keras model.")
 @click.option(
     "--evaluate",
