@@ -283,6 +283,7 @@ def merge(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
     out = Path(payload["out"])
     model = merging.merged(payload["members"], payload["written"])
     training.save(model, out)
+    preflight.refuse_secrets(out, Problem(**payload["problem"]).path)
     return {"size": int(model.count_params()), "custom": list(preflight.custom_objects(out))}
 
 
