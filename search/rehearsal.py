@@ -31,8 +31,8 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
     """Say what would be searched, on which rows, and at what cost; starts no study.
 
     Returns:
-        ``space`` (parameters with their domains), ``complete`` (whether discovery finished), ``data`` (the
-        manifest of the rows), ``objective``, ``direction``, ``reported``, ``disagreement`` (see
+        ``space`` (parameters with their domains), ``complete`` (whether discovery finished), ``notes`` (on how it
+        is declared), ``data`` (the manifest of the rows), ``objective``, ``direction``, ``reported``, ``disagreement`` (see
         ``scoring.disagreement_line``), ``size``, ``trials``, ``validation`` (the plan, see ``folds.write``, or None),
         ``confirmation`` (trainings after them), ``slots``, ``epochs``, ``epoch_seconds`` of the default model,
         ``estimate_seconds`` of the plan, were all trainings like it, ``openings`` (of the test rows so far), and
@@ -82,6 +82,7 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
         "name": problem.name,
         "space": {key: p.domain.to_json() | {"conditions": p.conditions} for key, p in discovered.parameters.items()},
         "complete": found["complete"],
+        "notes": found["notes"],
         "data": prepared["manifest"],
         "objective": prepared["objective"],
         "direction": prepared["direction"],

@@ -203,6 +203,11 @@ def test_callbacks_that_watch_batches_see_every_batch(tmp_path: Path) -> None:
         (
             {"build": DROPOUT.replace("Dense(2, activation='softmax')", "Dense(1)").replace("sparse_", "")},
             "val_accuracy",
+            "the loss categorical_crossentropy wants one output for each class",
+        ),
+        (
+            {"build": DROPOUT.replace("Input((4,))", "Input((5,))")},
+            "val_accuracy",
             "did not go through the default model",
         ),
     ],

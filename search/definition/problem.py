@@ -339,7 +339,8 @@ class _Blaming:
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's message, cut to a readable length."""
+    """The first non-empty line of an error's message, cut to a readable length, and what was noted on it."""
     # Without secrets before it is cut: half of one would not be known again.
     lines = [line.strip() for line in secrecy.scrub(str(error)).splitlines() if line.strip()]
-    return (lines[0] if lines else "no message")[:300]
+    noted = [secrecy.scrub(note)[:300] for note in getattr(error, "__notes__", ())]
+    return "; ".join([(lines[0] if lines else "no message")[:300], *noted])

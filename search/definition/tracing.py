@@ -7,11 +7,13 @@ and installs a value only where a declaration asks for it and allows it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras_tuner
@@ -21,8 +23,10 @@ from search.definition.space import Ask, Domain, Parameter, Space
 from search.errors import SpaceError
 from search.trial import Value
 
-_SEARCH = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_NOT_THE_USERS = (_SEARCH + os.sep, os.path.dirname(os.path.abspath(str(keras_tuner.__file__))) + os.sep)
+_NOT_THE_USERS = (
+    *(os.path.dirname(os.path.abspath(path)) + os.sep for path in (os.path.dirname(os.path.abspath(__file__)), str(keras_tuner.__file__))),
+    str(contextlib.__file__),  # around every conditional_scope
+)
 _MANY = 16  # a range with more values than this is discovered at five places only
 
 
@@ -56,6 +60,55 @@ def _declares(method: Callable[..., Any]) -> Callable[..., Any]:
             raise kind(f"hyperparameter {name!r}: {error}; change it at {_users_line()}") from error
 
     return declare
+
+
+@dataclass(frozen=True)
+class Scope:
+    """One entry into a ``conditional_scope``.
+
+    Attributes:
+        line: File and line; text: as it is written; parent, values: its condition.
+        known: What ``hp`` had given until then, by name.
+    """
+
+    line: str
+    text: str
+    parent: str
+    values: tuple[Any, ...]
+    known: Mapping[str, Any]
+
+    @property
+    def holds(self) -> bool:
+        """Whether what is declared in it is active."""
+        return self.known.get(self.parent) in self.values
+
+
+def hiding(builds: Sequence[TracingHyperParameters]) -> list[str]:
+    """Scopes that hide what they declare, one line each: those inside the very ``if`` that they stand for.
+
+    Such a scope is entered only while its condition holds. It counts where a build that entered it has a twin that
+    differs in nothing but the parent's value, and did not.
+    """
+    entered: dict[str, list[Scope]] = {}
+    for scope in (scope for build in builds for scope in build.scopes):
+        entered.setdefault(scope.line, []).append(scope)
+    out = []
+    for line, scopes in entered.items():
+        first = scopes[0]
+        others = [build for build in builds if all(scope.line != line for scope in build.scopes)]
+        without = [build.values for build in others if first.parent in build.values]
+        if all(scope.holds for scope in scopes) and any(
+            values[first.parent] not in scope.values
+            and all(values.get(name) == value for name, value in scope.known.items() if name != scope.parent)
+            for scope in scopes
+            for values in without
+        ):
+            out.append(
+                f"{line}: {first.text} is inside the `if` that it stands for, so what it declares is hidden from "
+                f"whoever builds with another {first.parent!r} alone, as KerasTuner does; put the `if` inside the "
+                "scope, or leave the scope out, since a plain `if` is enough here"
+            )
+    return out
 
 
 def domain_of(hyperparameter: Any) -> Domain:
@@ -113,11 +166,50 @@ class TracingHyperParameters(keras_tuner.HyperParameters):
         self._asks: dict[str, dict[str, Any]] = {}
         self.on_ask: Callable[[], None] = lambda: None  # called after each new value
         self._first: dict[tuple[str, Any], tuple[Parameter, str]] = {}
+        self.scopes: list[Scope] = []
 
     @property
     def asks(self) -> list[Ask]:
         """What was asked for, in order, each declaration once; value None where conditions do not hold."""
         return [dict(ask) for ask in self._asks.values()]
+
+    def conditional_scope(self, parent_name: str, parent_values: Any) -> contextlib.AbstractContextManager[None]:
+        """KerasTuner's scope, with refusals that name the line to change, and a note of where it was entered.
+
+        Raises:
+            SpaceError: If there is no such parent yet, or none of the values can be its own.
+        """
+        line, name = _users_line(), self._get_name(parent_name)
+        values = tuple(parent_values) if isinstance(parent_values, list | tuple) else (parent_values,)
+        parents = [domain_of(parent) for parent in self._hps.get(name, [])]
+        scope = f"conditional_scope({name!r}, {[_native(value) for value in values]!r})"
+        if not parents:
+            raise SpaceError(
+                f"{line}: {scope} needs the hyperparameter {name!r}, but it has not been declared yet; declare it above"
+            )
+        if all(parent.match(_native(value)) is None for parent in parents for value in values):
+            raise SpaceError(
+                f"{line}: {scope} can never hold, since {name!r} is {' or '.join(map(str, parents))}, so what is "
+                "declared in it would never be searched; correct the values"
+            )
+        self.scopes.append(Scope(line, scope, name, values, dict(self.values)))
+        entered: contextlib.AbstractContextManager[None] = super().conditional_scope(parent_name, parent_values)
+        return entered
+
+    def explain(self, error: Exception) -> None:
+        """Note on an error that speaks of None which parameter may be it: the last that was declared without being
+        active."""
+        if "None" not in str(error):
+            return
+        for name, conditions in reversed(self._first):
+            parameter, line = self._first[name, conditions]
+            if self._asks[parameter.identity]["value"] is None:
+                parent, values = conditions[-1]
+                error.add_note(
+                    f"{name!r}, declared at {line}, is None while {parent!r} is not {' or '.join(map(repr, values))}, "
+                    f"as its conditional_scope says; use it under an `if` on {parent!r} inside the scope"
+                )
+                return
 
     Choice = _declares(keras_tuner.HyperParameters.Choice)
     Int = _declares(keras_tuner.HyperParameters.Int)
@@ -168,7 +260,9 @@ class TracingHyperParameters(keras_tuner.HyperParameters):
         return default if self._use_default and default is not None else parameter.draw(self._seed)
 
 
-def discover(build: Callable[[Any], Any], seconds: float) -> tuple[dict[str, Any], bool]:
+def discover(
+    build: Callable[[Any], Any], seconds: float, say: Callable[[str], None] = lambda _: None
+) -> tuple[dict[str, Any], bool]:
     """Find parameters before the first trial, by building with one value changed at a time.
 
     The defaults come first. A parameter seen for the first time is then varied in the build that revealed it,
@@ -177,6 +271,7 @@ def discover(build: Callable[[Any], Any], seconds: float) -> tuple[dict[str, Any
     Args:
         build: Called with an ``hp``; what it returns is dropped.
         seconds: No further build is started after this long.
+        say: Is given one line for each scope that hides what it declares.
 
     Returns:
         The space as JSON, and whether everything planned was built in time.
@@ -190,9 +285,8 @@ def discover(build: Callable[[Any], Any], seconds: float) -> tuple[dict[str, Any
     space = Space.empty()
     varied: set[str] = set()
     waiting: list[tuple[int, dict[str, Value]]] = [(0, {})]
-    while waiting:
-        if varied and time.monotonic() >= deadline:
-            return space.to_json(), False
+    built: list[TracingHyperParameters] = []
+    while waiting and not (varied and time.monotonic() >= deadline):
         waiting.sort(key=lambda item: item[0])  # stable: equals stay in the order they were found
         _, proposal = waiting.pop(0)
         hp = TracingHyperParameters(proposal, default=True)
@@ -200,10 +294,12 @@ def discover(build: Callable[[Any], Any], seconds: float) -> tuple[dict[str, Any
             build(hp)
         except SpaceError:
             raise
-        except Exception:
+        except Exception as error:
             if not proposal:
+                hp.explain(error)
                 raise
             continue
+        built.append(hp)
         space = space.grown(hp.asks, complete=False)
         given = {identity: ask["value"] for identity, ask in hp._asks.items() if ask["value"] is not None}
         for identity, ask in hp._asks.items():
@@ -211,7 +307,9 @@ def discover(build: Callable[[Any], Any], seconds: float) -> tuple[dict[str, Any
                 varied.add(identity)
                 others = _others(Domain.from_json(ask["domain"]))
                 waiting += [(len(others), {**given, identity: value}) for value in others]
-    return space.to_json(), True
+    for line in hiding(built):
+        say(line)
+    return space.to_json(), not waiting
 
 
 def _others(domain: Domain) -> list[Value]:

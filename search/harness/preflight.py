@@ -16,14 +16,17 @@ import keras
 import numpy as np
 
 from search import secrecy
+from search.checks import encoding
+from search.definition import lines
 from search.definition.problem import first_line
-from search.errors import HeldoutError, RequestError, SpaceError
+from search.errors import HeldoutError, RequestError, SpaceError, TrialFailed
 from search.harness import feeding, training
 from search.scorer import metrics, scoring
 from search.scorer.declaration import declare
 
 _PENALTIES = "because Keras adds the penalties on weights and activations"
 _UNKNOWN = "for a reason that is not known"
+_LABEL_BYTES = 64 << 20  # of train labels that are looked at
 
 
 def run(running: Any) -> dict[str, Any]:
@@ -54,6 +57,7 @@ def run(running: Any) -> dict[str, Any]:
     try:
         try:
             model.run_eagerly = True  # tracing a graph for one batch would cost more than the batch
+            _check_encoding(running, x)
             model.train_on_batch(x, y)
             model.reset_metrics()  # not every version of Keras does so itself, and they hold the training batch
             logs = {f"val_{name}": value for name, value in model.test_on_batch(x, y, return_dict=True).items()}
@@ -63,7 +67,7 @@ def run(running: Any) -> dict[str, Any]:
             raise
         except Exception as error:
             raise SpaceError(
-                f"{path}: one batch of {count} rows did not go through the default model: "
+                f"{running.module.line(error)}: one batch of {count} rows did not go through the default model: "
                 f"{type(error).__name__}: {first_line(error)}"
             ) from error
         reported, objective = list(logs), running.payload["objective"]
@@ -75,6 +79,24 @@ def run(running: Any) -> dict[str, Any]:
         model.run_eagerly = eagerly
         _restore(model, keep)
     return {"reported": reported, "objective_kind": metric.kind, "custom": custom, "disagreement": disagreement}
+
+
+def _check_encoding(running: Any, x: Any) -> None:
+    """Labels of as many train rows as there is room for, since one batch need not have the odd one."""
+    model, rows, declaration = running.model, running.rows, declare(running.model)
+    if _has_own(model, "train_step", "compute_loss"):
+        return  # which need not be about these labels
+    names = [output["name"] for output in declaration["outputs"]]
+    predicted = scoring.in_order(model.predict_on_batch(x), names)
+    each = sum(part.nbytes for part in keras.tree.flatten(rows.labels("train", np.arange(1))))
+    most = max(1, _LABEL_BYTES // max(1, each))
+    index = np.unique(np.linspace(0, rows.size("train") - 1, most).astype(np.int64))
+    where = lines.of_call(running.module.problem, "compile")
+    try:
+        labels = scoring.in_order(rows.labels("train", index), names)
+    except TrialFailed as failure:
+        raise SpaceError(f"{where}: {failure.message}") from failure
+    encoding.check(declaration, [part.shape[1:] for part in predicted], labels, where)
 
 
 def _snapshot(model: keras.Model, x: Any) -> list[np.ndarray]:
@@ -136,6 +158,10 @@ def _disagreement(
     return {"objective": running.payload["objective"], "keras": keras_value, "scorer": score, "why": why}
 
 
+def _has_own(model: keras.Model, *methods: str) -> bool:
+    return any(getattr(type(model), method) is not getattr(keras.Model, method) for method in methods)
+
+
 def _agree(one: float, other: float) -> bool:
     """Whether two values are the same but for rounding, of float32 in one of them."""
     return math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-6)
@@ -145,7 +171,7 @@ def _reasons(model: keras.Model, metric: scoring.Metric, penalties: float) -> It
     """What is known of a model that can set Keras' value of a metric apart from the scorer's."""
     outputs = declare(model)["outputs"]
     mine = outputs if metric.output is None else [outputs[metric.output]]
-    if type(model).test_step is not keras.Model.test_step or type(model).compute_loss is not keras.Model.compute_loss:
+    if _has_own(model, "test_step", "compute_loss"):
         yield "because the model has a test_step or compute_loss of its own"
     if metric.kind == "loss":
         if penalties and metric.output is None:

@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from search.checks import transformers
+from search.definition import lines
 from search.definition.problem import SpaceModule
 from search.errors import DataError, SpaceError
 from search.harness import feeding, folding, preflight, training
@@ -71,10 +73,7 @@ def fit(module: SpaceModule, rows: OpenRows, path: Path, budget: int, sealed: Se
     with module.blaming("preprocess(train)"):
         model = module.preprocess(feeding.for_preprocess(rows, budget))
     if not isinstance(model, keras.Model):
-        raise SpaceError(
-            f"{module.problem.path}: preprocess(train) must return a keras.Model, such as "
-            f"keras.Sequential([keras.Input(...), normalization]), but returned {type(model).__name__}"
-        )
+        raise SpaceError(f"{lines.of_return(module.problem, 'preprocess')}: {transformers.refusal(model)}")
     known = declaration.ends(model)
     if known is not None:  # a name of its own, since every unnamed model is called "sequential"
         model = keras.Model(*known, name="preprocess")

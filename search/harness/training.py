@@ -58,6 +58,7 @@ def build(module: SpaceModule, hp: TracingHyperParameters) -> keras.Model:
     except (SpaceError, MemoryError):
         raise
     except Exception as error:
+        hp.explain(error)
         raise TrialFailed(
             "invalid", f"{module.line(error)}: build(hp) raised {type(error).__name__}: {first_line(error)}"
         ) from error

@@ -41,17 +41,18 @@ def discover(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
     """Find the parameters of a space by building it under a time cap."""
     from search.definition import backbones, tracing
 
+    notes: list[str] = []
     try:
         with backbones.made_once() as memory:
             module = SpaceModule(Problem(**payload["problem"]))
-            space, complete = tracing.discover(backbones.building(module.build, memory), payload["seconds"])
+            space, complete = tracing.discover(backbones.building(module.build, memory), payload["seconds"], notes.append)
     except HeldoutError:
         raise
     except Exception as error:
         raise SpaceError(
             f"{module.line(error)}: build(hp) with the defaults raised {type(error).__name__}: {first_line(error)}"
         ) from error
-    return {"space": space, "complete": complete}
+    return {"space": space, "complete": complete, "notes": notes}
 
 
 def load(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:

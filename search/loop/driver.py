@@ -245,6 +245,8 @@ class Driver:
         self._journal.adopt(Space.from_json(found["space"]))
         self._space = self._journal.space()
         self._begin()
+        for note in found.get("notes", ()):
+            self._watcher.say(note)
         if not found["complete"]:
             self._watcher.say(
                 "discovery reached its time limit; parameters found later join the search as trials ask for them"

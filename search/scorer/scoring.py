@@ -177,7 +177,7 @@ def _reported(declaration: Mapping[str, Any]) -> dict[str, Metric]:
 
 def _reported_losses(declaration: Mapping[str, Any]) -> dict[str, Metric]:
     outputs = declaration["outputs"]
-    kinds = [_loss_kind(output) for output in outputs]
+    kinds = [loss_kind(output) for output in outputs]
     found = {"val_loss": Metric("loss" if all(kinds) else "custom")}
     for at, (output, kind) in enumerate(zip(outputs, kinds, strict=True)):
         if len(outputs) > 1:
@@ -220,7 +220,7 @@ def meaning(objective: str, declaration: Mapping[str, Any]) -> dict[str, Any]:
         return {"metric": metric.kind, "output": metric.output, **_settings(metric.kind, config)}
     found: dict[str, Any] = {}
     for number in range(len(outputs)) if metric.output is None else [metric.output]:
-        output, kind = outputs[number], _loss_kind(outputs[number])
+        output, kind = outputs[number], loss_kind(outputs[number])
         config = dict(output.get("config") or {}) | {"from_logits": bool(output.get("from_logits"))}
         known: dict[str, Any] = {"loss": kind or output.get("loss") or config.get("name")}
         if metric.output is None:
@@ -243,7 +243,8 @@ def _canonical(name: str) -> str | None:
     return _NAMES.get(name.replace("_", "").lower())
 
 
-def _loss_kind(output: Mapping[str, Any]) -> str | None:
+def loss_kind(output: Mapping[str, Any]) -> str | None:
+    """The scorer's name for the loss of a declared output; None if only Keras knows it."""
     kind = _canonical(output["loss"]) if output.get("loss") else None
     if kind not in metrics.LOSSES or kind in _WITH_SETTINGS and "config" not in output:
         return None
@@ -363,7 +364,7 @@ def _finite(value: float) -> float:
 
 
 def _loss(output: Mapping[str, Any], predicted: Array, labels: Array) -> Floats:
-    kind = _loss_kind(output)
+    kind = loss_kind(output)
     assert kind is not None, "resolve() calls a loss that is not known here custom"
     return _parts(kind, output.get("config") or {}, labels, predicted, bool(output.get("from_logits")))
 

@@ -263,6 +263,7 @@ def check_lines(found: dict[str, Any]) -> list[str]:
         *(f"note: {warning}" for warning in data["warnings"]),
         "parameters:" if found["complete"] else "parameters found within the time limit (more may follow):",
         *(f"    {key}: {_domain(domain)}" for key, domain in found["space"].items()),
+        *(f"note: {note}" for note in found["notes"]),
         f"the model reports: {', '.join(found['reported'])}",
         *([] if (line := disagreement_line(found)) is None else [f"note: {line}"]),
         *_opened(found["openings"]),
