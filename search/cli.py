@@ -117,15 +117,19 @@ def resume(study: str, workspace: str | None, as_json: bool, **asked: Any) -> No
 @main.command()
 @click.argument("space")
 @options.search_options
+@click.option("--sanity", is_flag=True, help="Also see whether the default model can learn at all; fails with 1.")
 @options.as_json
 def check(space: str, as_json: bool, **asked: Any) -> None:
     """Say what a launch would search, and its cost."""
+    from search.checks.findings import failed
     from search.rehearsal import check as run
     from search.shown.report import check_lines
 
     with watching(None, as_json) as watcher:
         found = run(space, watcher=watcher, **asked)
     told(found, check_lines, as_json)
+    if found["sanity"] is not None and failed(found["sanity"]["findings"]):
+        click.get_current_context().exit(1)
 
 
 @main.command("try")

@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from search.checks import cost
 from search.definition.problem import DEFAULT_EPOCHS, find
 from search.definition.space import Ask, Space
 from search.errors import SpaceError
-from search.executors import NO_GPU, Job
+from search.executors import NO_GPU, Executor, Job
 from search.guard import verdicts
 from search.loop.pruners import get_pruner
 from search.loop.watcher import Silent, Watcher
@@ -27,16 +28,21 @@ from search.tiers.validation import parse
 from search.trial import Value, seed_for
 
 
-def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict[str, Any]:
+def check(space: str, *, sanity: bool = False, watcher: Watcher | None = None, **options: Any) -> dict[str, Any]:
     """Say what would be searched, on which rows, and at what cost; starts no study.
+
+    Args:
+        sanity: Also see whether the default model can do what it must (see ``checks/sanity.py`` and
+            ``checks/withholding.py``).
 
     Returns:
         ``space`` (parameters with their domains), ``complete`` (whether discovery finished), ``notes`` (on how it
-        is declared), ``data`` (the manifest of the rows), ``objective``, ``direction``, ``reported``, ``disagreement`` (see
-        ``scoring.disagreement_line``), ``size``, ``trials``, ``validation`` (the plan, see ``folds.write``, or None),
-        ``confirmation`` (trainings after them), ``slots``, ``epochs``, ``epoch_seconds`` of the default model,
-        ``estimate_seconds`` of the plan, were all trainings like it, ``openings`` (of the test rows so far), and
-        ``shows`` (the smallest gain and gap that the next one could show).
+        is declared), ``data`` (the manifest of the rows), ``objective``, ``direction``, ``reported``,
+        ``disagreement`` (see ``scoring.disagreement_line``), ``size``, ``trials``, ``validation`` (the plan, see
+        ``folds.write``, or None), ``confirmation`` (trainings after them), ``slots``, ``epochs``, ``epoch_seconds`` of
+        the default model, ``estimate_seconds`` of the plan, were all trainings like it, ``openings`` (of the test rows
+        so far), ``shows`` (the smallest gain and gap that the next one could show), and ``sanity``: None, or its
+        ``findings`` and the ``cost`` (see ``cost.of_study``).
 
     Raises:
         RequestError: As ``launch`` would.
@@ -68,16 +74,24 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
                 "default": True,
                 "deterministic": config.deterministic,
                 **jobs.first_split(prepared),
+                "measured": sanity,
             }
             ready = time.monotonic()
             seen = jobs.call(executor, Job("check", "check", payload), watcher, slot=executor.slots[0])
             trial = time.monotonic() - ready  # a process, a model, preflight in place of prediction, two epochs
+            findings = _findings(executor, payload, prepared, watcher) if sanity else []
     check_tiers(Path(prepared["rows"]), Path(prepared["sealed"]), prepared["objective"], seen["declaration"])
     epochs = config.epochs or discovered.defaults().get("epochs") or prepared["epochs"] or DEFAULT_EPOCHS
     again, tiers = config.confirmation(), prepared["manifest"]["tiers"]
     opened = jobs.openings(prepared)
     planned = verdicts.planned(seen["objective_kind"], tiers["guard"], tiers["test"], opened + 1)
     seconds = (trial + (int(epochs) - 2) * seen["epoch_seconds"]) * parse(config.validation).trainings
+    total = ready - began + (config.trials + again.runs) * max(seconds, 0.0) / len(slots)
+    looked_at = None
+    if sanity:
+        stored = [Path(prepared["rows"]), Path(prepared["sealed"])]
+        costs = cost.of_study(seen, tiers, config.trials, again, int(epochs), slots, total, stored)
+        looked_at = {"findings": [*findings, cost.judged(costs, len(slots))], "cost": costs}
     return {
         "name": problem.name,
         "space": {key: p.domain.to_json() | {"conditions": p.conditions} for key, p in discovered.parameters.items()},
@@ -97,8 +111,21 @@ def check(space: str, *, watcher: Watcher | None = None, **options: Any) -> dict
         "shows": None if planned is None else dataclasses.asdict(planned),
         "confirmation": {"finalists": again.finalists, "seeds": again.seeds, "runs": again.runs},
         "slots": len(slots),
-        "estimate_seconds": ready - began + (config.trials + again.runs) * max(seconds, 0.0) / len(slots),
+        "estimate_seconds": total,
+        "sanity": looked_at,
     }
+
+
+def _findings(
+    executor: Executor, payload: dict[str, Any], prepared: dict[str, Any], watcher: Watcher
+) -> list[dict[str, Any]]:
+    """What the sanity checks found, each job in a process of its own."""
+    watcher.say("looking at the default model: its first loss, and whether it can learn a few rows by heart")
+    learning = jobs.call(executor, Job("sanity", "sanity", payload), watcher, slot=executor.slots[0])
+    watcher.say("fitting the preprocessing again with other rows changed")
+    asked = {name: prepared[name] for name in ("problem", "rows", "sealed")}
+    fitting = jobs.call(executor, Job("withhold", "withhold", asked, env=NO_GPU), watcher)
+    return [*learning["findings"], *fitting["findings"]]
 
 
 def try_params(

@@ -20,7 +20,7 @@ MOST_LINES = 420
 # needs a place here, which is the moment to think about what it may know.
 LAYERS = (
     {"errors"},
-    {"secrecy", "moving", "stylesheet"},
+    {"secrecy", "moving", "stylesheet", "findings"},
     {"trial", "disk", "channel", "problem", "files", "metrics", "chain", "journal_copy", "lock", "svg"},
     {"validation"},
     {"rows", "assets", "domain", "traces", "ranks", "intervals", "ledger"},
@@ -29,7 +29,7 @@ LAYERS = (
     {"space", "store", "leakage"},
     {"data", "failing", "rungs", "folds", "lines"},
     {"history", "tracing", "declaration", "scoring", "folding"},
-    {"fused", "checkpoints", "best_epoch", "own_fit", "encoding", "transformers"},
+    {"fused", "checkpoints", "best_epoch", "own_fit", "encoding", "transformers", "chance", "diagnosis"},
     {"feeding", "few_errors"},
     {"journal", "statistics", "salvage"},
     {"enqueueing", "trial_table", "importance", "panels", "markup"},
@@ -39,7 +39,8 @@ LAYERS = (
     {"predicting", "backbones", "custom_metric", "preflight", "merging"},
     {"study", "devices", "slots", "discovery", "recording"},
     {"attempt", "agenda", "warm_start", "preprocessing"},
-    {"loading"},
+    {"loading", "cost", "sanity"},
+    {"withholding"},
     {"driver"},
     {"judge", "worker", "stopping", "repairing", "lifecycle", "removing", "reserving"},
     {"jobs", "belief", "picture", "garbage"},
@@ -89,7 +90,7 @@ BY_NAME = {"samplers/gp.py", "samplers/gaussian_process.py", "samplers/chart.py"
 SLOW = {
     "keras": {
         *("training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric", "checkpoints"),
-        *("best_epoch", "own_fit", "predicting", "backbones", "preprocessing", "merging"),
+        *("best_epoch", "own_fit", "predicting", "backbones", "preprocessing", "merging", "diagnosis", "sanity"),
     },
     "keras_tuner": {"tracing"},
     "mlflow": {"tracking", "publisher", "removing"},
@@ -107,7 +108,7 @@ SLOW = {
 # Files of trial-side and tracking processes that get a slow import from another file's top.
 MAY_REACH = {
     "mlflow": {"tracking"},
-    "keras_tuner": {"training", "preflight", "custom_metric", "predicting", "preprocessing"},
+    "keras_tuner": {"training", "preflight", "custom_metric", "predicting", "preprocessing", "sanity"},
 }
 
 # Processes of their own end without unwinding: a forked child must not run its parent's exit handlers.

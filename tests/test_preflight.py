@@ -159,7 +159,7 @@ def test_the_line_has_both_numbers_the_reason_and_which_of_them_drives_what() ->
 def test_check_tells_a_disagreement_once() -> None:
     told = {
         "name": "tiny", "objective": "val_loss", "direction": "min", "size": 10, "complete": True, "space": {},
-        "notes": [], "openings": 0,
+        "notes": [], "sanity": None, "openings": 0,
         "data": {"rows": 4, "tiers": {"train": 4}, "warnings": []}, "reported": ["val_loss"], "shows": None,
         "trials": 1, "epochs": 1, "slots": 1, "epoch_seconds": 1.0, "estimate_seconds": 1.0,
         "confirmation": {"runs": 0, "finalists": 0, "seeds": 0},

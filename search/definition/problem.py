@@ -224,6 +224,11 @@ class SpaceModule:
             raise SpaceError(f"{where}: hypermodel must be an instance of a keras_tuner.HyperModel, but is {got}")
 
     @property
+    def namespace(self) -> dict[str, Any]:
+        """Everything that the module holds, by name."""
+        return vars(self._module)
+
+    @property
     def objective(self) -> Any:
         """The name of the validation metric that is searched for, such as ``val_accuracy``."""
         return self._get("objective")

@@ -23,8 +23,10 @@ from search.definition.space import Ask, Domain, Parameter, Space
 from search.errors import SpaceError
 from search.trial import Value
 
+_SEARCH = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _NOT_THE_USERS = (
-    *(os.path.dirname(os.path.abspath(path)) + os.sep for path in (os.path.dirname(os.path.abspath(__file__)), str(keras_tuner.__file__))),
+    _SEARCH + os.sep,
+    os.path.dirname(os.path.abspath(str(keras_tuner.__file__))) + os.sep,
     str(contextlib.__file__),  # around every conditional_scope
 )
 _MANY = 16  # a range with more values than this is discovered at five places only

@@ -45,7 +45,8 @@ def discover(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
     try:
         with backbones.made_once() as memory:
             module = SpaceModule(Problem(**payload["problem"]))
-            space, complete = tracing.discover(backbones.building(module.build, memory), payload["seconds"], notes.append)
+            build = backbones.building(module.build, memory)
+            space, complete = tracing.discover(build, payload["seconds"], notes.append)
     except HeldoutError:
         raise
     except Exception as error:
@@ -229,7 +230,8 @@ def predictions(
 
 
 def check(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
-    """Preflight alone, and the time of one epoch, for ``heldout check``."""
+    """Preflight alone, and what a trial takes of time (with ``measured``, of memory and disk too), for ``check``."""
+    from search.checks import cost
     from search.harness import preflight
 
     running = _Trial(payload)
@@ -241,8 +243,24 @@ def check(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
     return {
         **found,
         **running.described(),
+        **(cost.measured(running.model, Path(payload["folder"])) if payload.get("measured") else {}),
         "epoch_seconds": epochs[-1] - first if len(epochs) > 1 else first,
     }
+
+
+def sanity(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """What the default model must be able to do before a search is worth while; see ``sanity.run``."""
+    from search.checks import sanity as checks
+
+    return {"findings": checks.run(_Trial(payload))}
+
+
+def withhold(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Whether preprocessing learns from train rows alone; see ``withholding.run``."""
+    from search.checks import withholding
+
+    module = SpaceModule(Problem(**payload["problem"]))
+    return {"findings": [withholding.run(module, Path(payload["rows"]), Path(payload["sealed"]))]}
 
 
 def export(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
@@ -360,6 +378,8 @@ JOBS: dict[str, Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], Job
     "discover": discover,
     "trial": trial,
     "check": check,
+    "sanity": sanity,
+    "withhold": withhold,
     "export": export,
     "refit": refit,
     "merge": merge,

@@ -301,3 +301,20 @@ def seen() -> list[dict[str, str]]:
             record["uuid"] = next(uuids, "")
         out.append(record)
     return out
+
+
+def gpu_memory() -> int | None:
+    """The most bytes of one GPU that Keras' backend has had in use in this process; None without a GPU."""
+    backend = importlib.import_module("keras").config.backend()
+    if backend == "tensorflow":
+        tf = importlib.import_module("tensorflow")
+        if tf.config.list_logical_devices("GPU"):
+            return int(tf.config.experimental.get_memory_info("GPU:0")["peak"])
+    elif backend == "jax":
+        found = importlib.import_module("jax").devices()[0].memory_stats() or {}
+        return found.get("peak_bytes_in_use")
+    elif backend == "torch":
+        torch = importlib.import_module("torch")
+        if torch.cuda.is_available():
+            return int(torch.cuda.max_memory_allocated())
+    return None

@@ -1,4 +1,4 @@
-"""What the processes of a job have used, seen from outside: CPU time, and whether the kernel ran out of memory."""
+"""What the processes of a job have used: CPU time, memory, and whether the kernel ran out of it."""
 
 from __future__ import annotations
 
@@ -46,6 +46,28 @@ def _seconds(shown: str) -> float:
     for part in clock.split(":"):
         total = total * 60 + float(part)
     return total + 86400 * int(days or 0)
+
+
+def memory() -> tuple[int, int] | None:
+    """The most memory that this process has had so far, in bytes; None if the system does not say (not Linux).
+
+    Returns:
+        What it had for itself, and what it shares with the process it was forked from, which is paid for once.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+        status = _kilobytes(_PROC / "self" / "status")
+        rollup = _kilobytes(_PROC / "self" / "smaps_rollup")
+        own = rollup["Private_Dirty"] + rollup.get("Swap", 0)
+        # What is mapped from files can be dropped by the kernel at any time.
+        shared = rollup["Anonymous"] + rollup.get("Swap", 0) - own
+        return (own + max(0, status["VmHWM"] - status["VmRSS"])) << 10, max(0, shared) << 10
+    return None
+
+
+def _kilobytes(file: Path) -> dict[str, int]:
+    """Lines such as ``VmHWM:  371000 kB``."""
+    words = [line.split() for line in file.read_text().splitlines()]
+    return {line[0].rstrip(":"): int(line[1]) for line in words if line[2:] == ["kB"]}
 
 
 def oom_kills() -> int | None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from search.checks import findings
 from search.definition.domain import Domain
 from search.ensembles import ensemble_words
 from search.errors import StudyError
@@ -271,6 +272,7 @@ def check_lines(found: dict[str, Any]) -> list[str]:
         f"plan: {found['trials']} trials{_again(found['confirmation'])} of {_trainings(found)}up to "
         f"{found['epochs']} epochs on {found['slots']} slots, {number(found['epoch_seconds'])} s an epoch: about "
         f"{found['estimate_seconds'] / 60:.1f} minutes",
+        *([] if found["sanity"] is None else findings.lines(found["sanity"]["findings"])),
     ]
 
 
