@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from search.definition.assets import cache_folder
     from search.definition.moving import OptunaTrial
+    from search.definition.starting import init
     from search.ensembles.ensembling import ensemble
     from search.errors import (
         DamagedError,
@@ -58,6 +59,7 @@ _HOME = {
     "ensemble": "ensembles.ensembling",
     "evaluate": "guard.evaluation",
     "gc": "record.garbage",
+    "init": "definition.starting",
     "launch": "wiring",
     "repair": "record.repairing",
     "resume": "resuming",
@@ -89,6 +91,7 @@ __all__ = [
     "ensemble",
     "evaluate",
     "gc",
+    "init",
     "launch",
     "repair",
     "reproduce",

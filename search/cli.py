@@ -115,6 +115,23 @@ def resume(study: str, workspace: str | None, as_json: bool, **asked: Any) -> No
 
 
 @main.command()
+@click.argument("name")
+@click.option("--kind", type=click.Choice(["table", "images", "text", "series"]), default="table", show_default=True)
+def init(name: str, kind: str) -> None:
+    """Write NAME.py, a space to start from.
+
+    It runs as it is, on data that ships with scikit-learn or is made up; the lines to replace are marked.
+    """
+    from search.definition.starting import KINDS
+    from search.definition.starting import init as run
+
+    file = run(name, kind)
+    click.echo(f"wrote {file}, a space for {KINDS[kind]}; lines marked with YOURS are to be replaced")
+    click.echo(f"    heldout check {file} --sanity")
+    click.echo(f"    heldout launch {file}")
+
+
+@main.command()
 @click.argument("space")
 @options.search_options
 @click.option("--sanity", is_flag=True, help="Also see whether the default model can learn at all; fails with 1.")

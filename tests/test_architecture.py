@@ -27,7 +27,7 @@ LAYERS = (
     {"template", "publishing", "watcher", "finalists"},
     {"split", "streams", "journal_file", "usage", "retries", "surroundings", "supervision", "pruners", "ends"},
     {"space", "store", "leakage"},
-    {"data", "failing", "rungs", "folds", "lines"},
+    {"data", "failing", "rungs", "folds", "lines", "starting"},
     {"history", "tracing", "declaration", "scoring", "folding"},
     {"fused", "checkpoints", "best_epoch", "own_fit", "encoding", "transformers", "chance", "diagnosis"},
     {"feeding", "few_errors"},

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from search.definition.starting import KINDS
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SPACES = sorted(path.stem for path in (ROOT / "spaces").glob("*.py"))
@@ -41,8 +43,9 @@ def test_site_packages_get_one_package(wheel: Path) -> None:
 def test_everything_that_runs_is_in_the_wheel(wheel: Path) -> None:
     inside = {name for name in names(wheel) if name.startswith("search/")}
     engine = {path.relative_to(ROOT).as_posix() for path in (ROOT / "search").rglob("*.py")}
-    shipped = {f"search/shipped/{space}.py" for space in SPACES}
+    shipped = {f"search/shipped/{path.relative_to(ROOT / 'spaces')}" for path in (ROOT / "spaces").rglob("*.py")}
     assert inside == engine | shipped | {"search/py.typed"}
+    assert {f"search/shipped/starting/{kind}.py" for kind in KINDS} <= inside
     assert "search/shipped/digits_mlp.py" in inside
 
 
@@ -50,7 +53,8 @@ def test_an_installed_space_is_found_by_its_short_name(wheel: Path, tmp_path: Pa
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    code = "import search.definition.problem as p; print(p.find('digits_mlp').path); print(*p.shipped())"
+    code = "import search.definition.problem as p, search; print(p.find('digits_mlp').path); print(*p.shipped())"
+    code += "; print(search.init('mine', 'text'))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -59,7 +63,8 @@ def test_an_installed_space_is_found_by_its_short_name(wheel: Path, tmp_path: Pa
         text=True,
         check=True,
     )
-    path, shipped = done.stdout.splitlines()
+    path, shipped, written = done.stdout.splitlines()
+    assert (tmp_path / written).read_text().startswith('"""Short texts')
     assert Path(path) == (site / "search" / "shipped" / "digits_mlp.py").resolve()
     assert shipped.split() == SPACES
 

@@ -40,7 +40,7 @@ def run(module: Any, home: Path, sealed_home: Path) -> Finding:
     """
     rows, sealed = OpenRows(home, module.decode), SealedRows(sealed_home)
     if "files" in rows.manifest["x"]:
-        return finding(_CHECK, None, "rows are files, which are not changed to see whether it learns from more than train")
+        return finding(_CHECK, None, "rows are files, which are not changed to see what it learns from")
     if (constant := _of_all_rows(module, rows, sealed)) is not None:
         cause = ("it was computed before the split", "compute it in preprocess(train), from train.x")
         return finding(_CHECK, False, constant, cause)

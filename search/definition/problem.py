@@ -74,10 +74,15 @@ class Problem:
         return list(found)
 
 
+def folders() -> tuple[Path, Path]:
+    """Where the spaces that come with Heldout are: one of the two is there, by how it was installed."""
+    return _SHIPPED_SPACES, _CHECKOUT_SPACES
+
+
 def shipped() -> list[str]:
     """Short names of the spaces that come with Heldout."""
     return sorted(
-        {p.stem for folder in (_SHIPPED_SPACES, _CHECKOUT_SPACES) for p in folder.glob("*.py")} - {"__init__"}
+        {p.stem for folder in folders() for p in folder.glob("*.py")} - {"__init__"}
     )
 
 
@@ -110,7 +115,7 @@ def _locate(space: str) -> Path:
         near = difflib.get_close_matches(given.stem, shipped(), n=1)
         hint = f"; did you mean the shipped space `{near[0]}`?" if near else ""
         raise SpaceError(f"no such file: {space}{hint}")
-    for folder in (_SHIPPED_SPACES, _CHECKOUT_SPACES):
+    for folder in folders():
         if (folder / f"{space}.py").is_file():
             return (folder / f"{space}.py").resolve()
     found = _module_file(space)
