@@ -467,7 +467,7 @@ def test_pruned_trials_of_a_real_study_leave_nothing_but_their_record(tmp_path: 
             "SELECT t.value, r.status FROM runs r JOIN tags s ON s.run_uuid = r.run_uuid AND s.key = 'heldout.state' "
             "JOIN tags t ON t.run_uuid = r.run_uuid AND t.key = 'heldout.trial' WHERE s.value = 'PRUNED'"
         ).fetchall()
-    assert sorted(rows) == sorted((str(t.number), "KILLED") for t in weak)
+    assert sorted(rows) == sorted((str(t.number), "FINISHED") for t in weak)
 
 
 @pytest.mark.timeout(300)

@@ -224,7 +224,7 @@ class TestPublished:
         tracked.end("STOPPED")
         children = tracked.children
         assert {key: run.info.status for key, run in children.items()} == {
-            (0, 0): "FAILED", (1, 0): "KILLED", (2, 0): "KILLED", (2, 1): "FINISHED", (3, 0): "KILLED"
+            (0, 0): "FAILED", (1, 0): "FINISHED", (2, 0): "KILLED", (2, 1): "FINISHED", (3, 0): "KILLED"
         }  # fmt: skip
         states = [run.data.tags[runs.STATE] for run in children.values()]
         assert states == ["FAILED", "PRUNED", "WAITING", "COMPLETE", "INTERRUPTED"]

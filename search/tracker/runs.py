@@ -30,7 +30,7 @@ TRIAL_STATUS = {
     TrialState.WAITING: "KILLED",  # this attempt was given up, another follows
     TrialState.RUNNING: "RUNNING",
     TrialState.COMPLETE: "FINISHED",
-    TrialState.PRUNED: "KILLED",
+    TrialState.PRUNED: "FINISHED",  # as it should; KILLED has a red cross in MLflow's list, as if it had broken
     TrialState.FAILED: "FAILED",
 }
 _FINAL = ("score", "seconds", "epochs", "best_epoch", "weights")
