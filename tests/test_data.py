@@ -306,7 +306,7 @@ def test_an_unwritable_workspace_is_one_line(tmp_path):
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
     """A limit on file size stands in for the disk: the write fails in the middle of a file."""
     script = (
-        "import resource, sys, pathlib, numpy as np; from search import data\n"
+        "import resource, sys, pathlib, numpy as np; from search.tiers import data\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
         "x = np.random.default_rng(0).normal(size=(5000, 4))\n"
         "try: data.prepare(data.Dataset(x, np.arange(5000) % 2), pathlib.Path(sys.argv[1]), 0, False)\n"
@@ -355,5 +355,6 @@ def test_missing_rows_are_named(tmp_path):
 
 
 def test_the_module_offers_exactly_its_names():
-    names = ["Dataset", "OpenRows", "SealedError", "SealedRows", "labelled", "load_structure", "prepare"]
+    names = ["Dataset", "OpenRows", "SealedError", "SealedRows", "check_dividable", "labelled"]
+    names += ["load_structure", "prepare"]
     assert data.__all__ == names

@@ -299,7 +299,7 @@ def test_tensorflow_itself_takes_its_threads_and_sees_what_the_slot_shows() -> N
     slot = slots(4, discover=gpus(0))[0]
     program = (
         "import json, tensorflow as tf\n"
-        "from search import devices\n"
+        "from search.processes import devices\n"
         f"devices.apply({slot.to_json()!r})\n"
         "tf.constant(1.0)\n"
         "t = tf.config.threading\n"

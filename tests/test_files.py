@@ -302,7 +302,7 @@ def test_memory_stays_bounded_by_one_file_at_a_time(tmp_path):
         np.save(paths[-1], np.array([number, y[number]]), allow_pickle=False)
     script = (
         "import sys, pathlib, resource, numpy as np\n"
-        "from search import data, store\n"
+        "from search.tiers import data, store\n"
         "def decode(path):\n"
         "    number, kind = np.load(path)\n"
         "    out = np.random.default_rng(number).normal(size=262144).astype('float32')\n"

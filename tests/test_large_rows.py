@@ -202,7 +202,7 @@ def test_a_trial_of_large_rows_stays_within_bounds(tmp_path: Path) -> None:
     )
     script = (
         "import resource, sys; from pathlib import Path; import numpy as np\n"
-        "from search import jobs, problem, worker\n"
+        "from search.definition import problem; from search.harness import worker; from search.processes import jobs\n"
         "found, folder = problem.find(sys.argv[1]), Path(sys.argv[2])\n"
         "asked = jobs.load_payload(found, folder, folder, 0) | {'budget': 0}\n"
         "prepared = jobs.completed(worker.load(asked, lambda body: None), found)\n"

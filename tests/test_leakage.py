@@ -302,6 +302,7 @@ def load_job(folder: Path, **parts: str) -> dict[str, Any]:
     folder.mkdir()
     problem = find(write_space(folder, **parts))
     payload = {"problem": problem.to_json(), "workspace": str(folder), "folder": str(folder), "split_seed": 0}
+    payload["budget"] = 1 << 30
     return worker.load(payload, lambda body: None)
 
 

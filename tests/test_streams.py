@@ -167,7 +167,7 @@ def test_bad_functions_get_one_clear_line(tmp_path, change, words):
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
     script = (
-        "import resource, sys, pathlib, numpy as np, keras; from search import data\n"
+        "import resource, sys, pathlib, numpy as np, keras; from search.tiers import data\n"
         "from tests.test_streams import Batches\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
         "x = np.random.default_rng(0).normal(size=(5000, 4))\n"
@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
 def test_memory_stays_bounded_by_a_batch(tmp_path):
     """480 MB pass through a process that never holds a fifth of them; mapped pages, which are the kernel's, aside."""
     script = (
-        "import pathlib, re, sys, threading, time, numpy as np, keras; from search import data\n"
+        "import pathlib, re, sys, threading, time, numpy as np, keras; from search.tiers import data\n"
         "from tests.test_streams import Batches\n"
         "def held():\n"
         "    return int(re.search(r'RssAnon:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1]) >> 10\n"

@@ -690,7 +690,7 @@ class TestProcess:
         driver.run(0, 0.5)
         driver.begin(1)
         code = (
-            "import sys, time; from pathlib import Path; from search import publishing;"
+            "import sys, time; from pathlib import Path; from search.tracker import publishing;"
             "t = publishing.start(Path(sys.argv[1]), sys.argv[2]); print(t._process.pid, flush=True);"
             "t.ready(60); print('ready', flush=True); time.sleep(600)"
         )

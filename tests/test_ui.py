@@ -178,7 +178,7 @@ def test_it_ends_with_us(workspace: Path, port: int, number: int) -> None:
     if number == signal.SIGKILL and sys.platform != "linux":
         pytest.skip("only Linux tells a child of its parent's death")
     code = (
-        "import sys; from pathlib import Path; from search import ui\n"
+        "import sys; from pathlib import Path; from search.tracker import ui\n"
         "with ui.serve(Path(sys.argv[1]), int(sys.argv[2])) as server:\n"
         "    print('ready', flush=True); server.wait()"
     )
