@@ -37,8 +37,13 @@ def test_rows_and_preprocessing_are_found_by_their_names(tmp_path: Path) -> None
         "rows": str(tmp_path / "rows" / "abc"),
         "sealed": str(tmp_path / "sealed" / "abc"),
         "preprocess": str(folder / "preprocess.keras"),
+        "validation": None,
     }
     assert places.located(prepared | {"preprocess": None}, folder)["preprocess"] is None
+    for was, now in (("old-name/folds", "folds"), ("old-name/texts/0123/folds", "texts/0123/folds")):
+        kfold = {"plan": "kfold:5", "folder": str(OLD / "studies" / was)}
+        moved = places.located(prepared | {"validation": kfold}, folder)["validation"]
+        assert moved == kfold | {"folder": str(folder / now)}
 
 
 def test_frozen_files_are_those_of_the_studys_folder(tmp_path: Path) -> None:
