@@ -98,12 +98,12 @@ class _Trial:
         if self._payload["preprocess"]:
             payload["preprocess"] = str(preprocess_of(Path(self._payload["folds"]["folder"]), number))
         payload["preflight"] = bool(self._payload.get("preflight")) and number == 0
-        identity = self._identity(number)
+        identity, keeps = self._identity(number), self._payload.get("checkpoint_minutes") is not None
         # A preflight that was not recorded must be run and told again.
-        body = None if payload["preflight"] else self._kept(place, identity)
+        body = self._kept(place, identity) if keeps and not payload["preflight"] else None
         if body is None:
             body = self._trained(payload)
-            if self._payload.get("checkpoint_minutes") is not None:
+            if keeps:
                 self._keep(place, identity, body)
         elif len(body["asks"]) > len(self.asks):
             self._ask(body["asks"])
