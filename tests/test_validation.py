@@ -407,6 +407,7 @@ def killed(folder: Path, words: str, when: Callable[[], bool], *options: str) ->
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("checkpoints", [False, True], ids=["again", "from the folds that had ended"])
 def test_a_study_of_folds_that_was_killed_ends_as_the_uninterrupted_one(
@@ -460,7 +461,10 @@ def test_a_reshuffled_trial_is_exported_with_its_own_preprocessing(
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("words", ["kfold:3", "repeated:2", "reshuffle"])
+@pytest.mark.parametrize(
+    "words",
+    [*(pytest.param(words, marks=pytest.mark.slow) for words in ("kfold:3", "repeated:2")), "reshuffle"],
+)
 def test_other_guard_labels_leave_every_trial_as_it_is(words: str, tmp_path: Path, ledger: None) -> None:
     first = launched(tmp_path, words, "--confirm", "0", "--sampler", "tpe")
     sealed = Path(first.study.meta("prepared")["sealed"]) / "guard_y_0.npy"
@@ -486,6 +490,7 @@ WEAK = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_trial_is_stopped_after_a_fold_at_the_mean_of_its_folds(
     tmp_path: Path, heldout: Heldout, ledger: None
@@ -527,6 +532,7 @@ RAISING = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_killed_fold_is_a_killed_trial_and_an_error_in_one_is_the_trials(tmp_path: Path, ledger: None) -> None:
     for name in ("dying", "raising"):
