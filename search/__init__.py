@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from search.study import Study
     from search.study import names as studies
     from search.tiers.data import Dataset
+    from search.tracker.board import tensorboard
     from search.tracker.ui import serve
     from search.wiring import launch
 
@@ -67,6 +68,7 @@ _HOME = {
     "serve": "tracker.ui",
     "stop": "loop.stopping",
     "studies": "study",
+    "tensorboard": "tracker.board",
     "try_params": "rehearsal",
 }
 
@@ -99,6 +101,7 @@ __all__ = [
     "serve",
     "stop",
     "studies",
+    "tensorboard",
     "try_params",
 ]
 

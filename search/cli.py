@@ -69,6 +69,7 @@ def main(debug: bool) -> None:
 @options.prior
 @options.final
 @options.checkpoint_minutes
+@options.tensorboard
 @options.disk
 @options.tags
 @options.as_json
@@ -249,7 +250,8 @@ def evaluate(study: str, final: str | None, workspace: str | None, as_json: bool
 def ui(port: int, host: str, workspace: str | None) -> None:
     """Start MLflow's UI on the workspace, for this machine only unless --host says otherwise."""
     from search.study import names, workspace_folder
-    from search.tracker.ui import is_loopback, serve
+    from search.tracker.serving import is_loopback
+    from search.tracker.ui import serve
 
     folder = workspace_folder(workspace)
     click.echo("starting MLflow's server, which takes some seconds …")

@@ -26,7 +26,7 @@ from search.record.journal import Journal
 from search.record.lock import locked
 from search.samplers import get_sampler
 from search.study import Study, StudyConfig, config_of
-from search.tracker import publishing
+from search.tracker import board, publishing
 from search.trial import searched
 from search.wiring import drive
 
@@ -72,6 +72,8 @@ def resume(
     given |= {"stop_after_stale": stop_after_stale, "max_gpu_hours": max_gpu_hours}
     asked = dataclasses.replace(before, **{key: value for key, value in given.items() if value is not None})
     get_sampler(asked.sampler)  # it may need a package that is not here
+    if asked.tensorboard:
+        board.check_installed()
     recorded = Problem(**found.meta("prepared")["problem"])
     problem = _current(recorded, accept_changes, found.name, watcher)
     is_changed = problem.digest != recorded.digest or _assets_changed(found, accept_changes)

@@ -63,6 +63,7 @@ class StudyConfig:
         heartbeat: Seconds without a word and without CPU time after which a training counts as hung; 0 for never.
         deterministic: Trains with the backend's deterministic operations alone.
         checkpoint_minutes: Between checkpoints that a trial which runs again continues from; None makes none.
+        tensorboard: Trials also write logs that ``heldout tensorboard`` shows.
         confirm: Configurations that are trained again after the search, 0 for none; None for one in ten trials,
             ten at most, while that is no more than a third of all trainings.
         confirm_seeds: Trainings of each of them and of the baseline.
@@ -107,6 +108,7 @@ class StudyConfig:
     heartbeat: float = 600.0
     deterministic: bool = False
     checkpoint_minutes: float | None = None
+    tensorboard: bool = False
     confirm: int | None = None
     confirm_seeds: int = SEEDS
     final: str | None = None
@@ -154,8 +156,9 @@ class StudyConfig:
         # Written so that NaN is refused as well.
         if minutes is not None and (isinstance(minutes, bool) or not 0 < minutes < math.inf):
             raise RequestError(f"--checkpoint-minutes must be a number above 0, but got {minutes!r}")
-        if not isinstance(self.deterministic, bool):
-            raise RequestError(f"--deterministic must be true or false, but got {self.deterministic!r}")
+        for name in ("deterministic", "tensorboard"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{_flag(name)} must be true or false, but got {getattr(self, name)!r}")
         if self.final not in (None, "retrain"):
             raise RequestError(
                 f"--final must be retrain, but got {self.final!r}; a model trained on every row is written by "

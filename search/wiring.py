@@ -30,7 +30,7 @@ from search.record.lock import locked
 from search.record.reserving import clear, release, reserve
 from search.samplers import check_space, get_sampler
 from search.study import Study, StudyConfig, config_of, make_workspace, workspace_folder, workspace_id
-from search.tracker import publishing
+from search.tracker import board, publishing
 from search.trial import Trial, searched
 
 _STOP_SECONDS = 5.0
@@ -58,6 +58,8 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     asked_first = enqueueing.read(config.enqueue)
     enqueueing.check_room(config.trials, asked_first, config.enqueue)
     get_pruner(config.pruner)
+    if config.tensorboard:
+        board.check_installed()
     start_method(config.start_method)
     slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
     jobs.check_ends(config, slots)
@@ -216,6 +218,7 @@ def drive(
             "log": str(place / "log.txt"),
             "deterministic": config.deterministic,
             "checkpoint_minutes": config.checkpoint_minutes,
+            "events": str(places.events(folder, trial.number)) if config.tensorboard else None,
             "rungs": pruning.rungs(trial),
         }
 

@@ -20,7 +20,7 @@ MOST_LINES = 420
 # needs a place here, which is the moment to think about what it may know.
 LAYERS = (
     {"errors"},
-    {"secrecy", "moving", "stylesheet", "findings"},
+    {"secrecy", "moving", "stylesheet", "findings", "serving"},
     {"trial", "disk", "channel", "problem", "files", "metrics", "chain", "journal_copy", "lock", "svg"},
     {"validation"},
     {"rows", "assets", "domain", "traces", "ranks", "intervals", "ledger"},
@@ -29,7 +29,7 @@ LAYERS = (
     {"space", "store", "leakage"},
     {"data", "failing", "rungs", "folds", "lines", "starting"},
     {"history", "tracing", "declaration", "scoring", "folding"},
-    {"fused", "checkpoints", "best_epoch", "own_fit", "encoding", "transformers", "chance", "diagnosis"},
+    {"fused", "checkpoints", "best_epoch", "own_fit", "encoding", "transformers", "chance", "diagnosis", "eventlog"},
     {"feeding", "few_errors"},
     {"journal", "statistics", "salvage"},
     {"enqueueing", "trial_table", "importance", "panels", "markup"},
@@ -39,7 +39,7 @@ LAYERS = (
     {"predicting", "backbones", "custom_metric", "preflight", "merging"},
     {"study", "devices", "slots", "discovery", "recording"},
     {"attempt", "agenda", "warm_start", "preprocessing"},
-    {"loading", "cost", "sanity"},
+    {"loading", "cost", "sanity", "board"},
     {"withholding"},
     {"driver"},
     {"judge", "worker", "stopping", "repairing", "lifecycle", "removing", "reserving"},
@@ -81,6 +81,7 @@ STDLIB_ONLY = {
     *("places", "disk", "assets", "keeping", "lifecycle", "garbage", "reserving", "pruners", "ends", "agenda"),
     # A trial's own process, which trainings are forked from.
     *("validation", "folding"),
+    *("board", "serving"),
 }
 
 # Files of such a part that nothing loads but their name, once a study asks for that sampler.
@@ -91,6 +92,7 @@ SLOW = {
     "keras": {
         *("training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric", "checkpoints"),
         *("best_epoch", "own_fit", "predicting", "backbones", "preprocessing", "merging", "diagnosis", "sanity"),
+        "eventlog",
     },
     "keras_tuner": {"tracing"},
     "mlflow": {"tracking", "publisher", "removing"},

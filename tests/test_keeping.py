@@ -49,6 +49,9 @@ class Disk:
         for name in FILES:
             (places.trial(self.folder, number) / name).write_bytes(b"x" * (size if name == places.WEIGHTS else 1))
         places.guard_parts(self.folder, number).write_bytes(b"g")
+        if number % 2:  # as with --tensorboard
+            places.events(self.folder, number).mkdir(parents=True)
+            (places.events(self.folder, number) / "events.out").write_bytes(b"e" * 500)
 
     def run(self, trial: Trial, size: int = 1000) -> None:
         begun = Trial(trial.number, TrialState.RUNNING, confirms=trial.confirms)

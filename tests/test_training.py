@@ -164,6 +164,48 @@ def test_the_chosen_epoch_is_the_best_one_and_its_weights_are_kept(tmp_path: Pat
     assert accuracy == pytest.approx(max(scores), abs=1e-6)
 
 
+PLATEAU = (
+    "def callbacks(hp):\n"
+    "    patience = hp.Int('patience', 1, 5)\n"
+    "    return [keras.callbacks.ReduceLROnPlateau('val_accuracy', mode='max', factor=0.5, patience=patience)]"
+)
+
+
+def test_a_rate_that_falls_on_a_plateau_is_reported_and_keeps_the_epoch_in_one_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_fit_by_batches", lambda *_: pytest.fail("it watches no batches"))
+    sent: list[dict[str, Any]] = []
+    running = Running(tmp_path, "plateau", rest=PLATEAU)
+    running.fit(sent.append, epochs=12)
+    found = [(body["metrics"]["val_accuracy"], body["metrics"]["learning_rate"]) for body in sent]
+    assert "patience" in {ask["name"] for ask in running.hp.asks}
+    expected, best = 1e-2, -1.0
+    for accuracy, rate in found:
+        assert rate == pytest.approx(expected)
+        expected, best = (expected, accuracy) if accuracy > best + 1e-4 else (expected / 2, best)
+    assert found[-1][1] < 1e-2, "there is no plateau to test with"
+
+
+def test_the_weights_on_disk_are_those_of_the_best_epoch_alone(tmp_path: Path) -> None:
+    """What ModelCheckpoint does with ``save_best_only``; a module's own works beside it."""
+    rest = (
+        "def callbacks(hp):\n"
+        f"    path = {str(tmp_path / 'own.weights.h5')!r}\n"
+        "    return [keras.callbacks.ModelCheckpoint(path, 'val_accuracy', mode='max', save_best_only=True,\n"
+        "                                            save_weights_only=True)]"
+    )
+    running = Running(tmp_path, "checkpointed", rest=rest)
+    fitted = running.fit(epochs=12)
+    assert fitted.best_epoch is not None and fitted.best_epoch < fitted.epochs
+    training.save(running.model, tmp_path / "model.weights.h5")
+    other = Running(tmp_path, "loaded")
+    other.model.optimizer.build(other.model.trainable_variables)  # its state is in the files too
+    for path in ("model.weights.h5", "own.weights.h5"):
+        other.model.load_weights(tmp_path / path)
+        assert same(weights(other.model), weights(running.model)), path
+
+
 def test_a_loss_that_is_no_number_fails_the_trial(tmp_path: Path) -> None:
     running = Running(tmp_path, "nan")
     running.model.compile("sgd", lambda y, p: keras.ops.sum(p, axis=-1) * float("nan"), metrics=["accuracy"])

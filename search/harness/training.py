@@ -15,7 +15,7 @@ import numpy as np
 from search.definition.problem import DEFAULT_EPOCHS, SpaceModule, first_line
 from search.definition.tracing import TracingHyperParameters
 from search.errors import SpaceError, TrialFailed
-from search.harness import fused, own_fit
+from search.harness import eventlog, fused, own_fit
 from search.harness.best_epoch import BestEpoch
 from search.harness.checkpoints import Checkpoints
 from search.harness.feeding import Weighted, batches, joined, targets
@@ -29,6 +29,7 @@ _EAGER_BATCHES = 4
 _PREDICT_STEP = keras.Model.predict_step
 _CHOOSE_AN_EPOCH = (keras.callbacks.EarlyStopping, keras.callbacks.ModelCheckpoint)
 _NEVER = 2**31  # a patience that no training uses up
+_CHANGE_THE_RATE = (keras.callbacks.ReduceLROnPlateau, keras.callbacks.LearningRateScheduler)
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,22 @@ class Reporter(keras.callbacks.Callback):
     Args:
         send: May wait there for the driver, and may raise to end the training.
         most: Epochs that there can be.
+
+    Attributes:
+        rates: Also reports the learning rate of each epoch, as the callbacks that change it do after us.
     """
 
     def __init__(self, send: Callable[[dict[str, Any]], None], most: int) -> None:
         super().__init__()
+        self.rates = False
         self.epochs: list[dict[str, float]] = []
         self._send, self._most = send, most
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Report one epoch."""
         metrics = {name: float(value) for name, value in (logs or {}).items() if np.ndim(value) == 0}
+        if self.rates:
+            metrics["learning_rate"] = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
         self.epochs.append(metrics)
         self._report(len(self.epochs), metrics)
         if math.isnan(metrics.get("loss", 0.0)):
@@ -122,6 +129,7 @@ def fit(
     send: Callable[[dict[str, Any]], None],
     keep_last: bool = False,
     checkpoint: tuple[Path, float] | None = None,
+    events: Path | None = None,
 ) -> Fitted:
     """Train ``model`` on the train rows and leave the chosen epoch's weights in it.
 
@@ -136,6 +144,7 @@ def fit(
             on, so they can choose no epoch, for us or for callbacks of the module.
         checkpoint: The trial's folder, and minutes between checkpoints in it; training goes on from one that is
             there. None neither makes nor uses any.
+        events: Folder for TensorBoard's logs, or None.
     """
     most = epochs or int(hp.values.get("epochs", module.epochs or DEFAULT_EPOCHS))
     batch = int(hp.values.get("batch_size", DEFAULT_BATCH))
@@ -144,6 +153,9 @@ def fit(
     patience = max(10, most // 5) if own is None else _NEVER
     stopping = BestEpoch(lambda: len(reporter.epochs), monitor=objective, mode=direction, patience=patience)
     callbacks = [reporter, stopping, *module.callbacks(hp)]
+    reporter.rates = any(isinstance(callback, _CHANGE_THE_RATE) for callback in callbacks)
+    if events is not None:
+        callbacks.append(eventlog.EventLog(events, hp.values, lambda: reporter.epochs))
     if keep_last:
         callbacks = [callback for callback in callbacks if not isinstance(callback, _CHOOSE_AN_EPOCH)]
     first: Callable[[], int] = lambda: 0  # noqa: E731

@@ -114,6 +114,7 @@ class _Trial:
         known = {name: self.payload[name] for name in ("objective", "direction", "budget", "seed")}
         if (minutes := self.payload.get("checkpoint_minutes")) is not None:
             known["checkpoint"] = Path(self.payload["folder"]), minutes
+        known["events"] = Path(self.payload["events"]) if self.payload.get("events") else None
         given = (self.module, self.model, self.hp, self.rows, self.preprocess)
         return training.fit(*given, epochs=epochs, send=send, keep_last=keep_last, **known)
 

@@ -112,7 +112,7 @@ class Keeper:
         self._chosen = chosen(journal)
         tidy(folder, history, self._keep, self._chosen)
         self._book = self._booked()
-        running = sum(disk.size(places.trial(folder, t.number)) for t in history if not t.state.is_finished)
+        running = sum(_held(folder, t.number) for t in history if not t.state.is_finished)
         self._rest = (disk.size(folder) if most is not None else 0) - running - self._book
         for trial in ranked(history)[: self._keep]:
             heapq.heappush(self._heap, _last_first(trial))
@@ -130,7 +130,7 @@ class Keeper:
     def ended(self, trial: Trial) -> None:
         """Take note of a trial whose end is in the journal, and delete what cannot win any more."""
         if self._most is not None:
-            self._rest += disk.size(places.trial(self._folder, trial.number))
+            self._rest += _held(self._folder, trial.number)
             self._rest += disk.size(places.guard_parts(self._folder, trial.number))
             self._book = self._booked()
         complete = trial.state is TrialState.COMPLETE
@@ -180,6 +180,11 @@ class Keeper:
         record = self._folder / "journal.sqlite"
         files = [record.with_name(record.name + end) for end in ("", "-wal", "-shm")]
         return sum(map(disk.size, [*files, journal_copy.beside(record)]))
+
+
+def _held(folder: Path, number: int) -> int:
+    """Bytes that a trial's own process has written."""
+    return disk.size(places.trial(folder, number)) + disk.size(places.events(folder, number))
 
 
 def _last_first(trial: Trial) -> tuple[float, float, int]:

@@ -4,7 +4,7 @@ A record has the paths of the day it was written. Readers ask here, where only t
 
     WORKSPACE/rows/DIGEST, sealed/DIGEST, mlflow.db, artifacts/
     WORKSPACE/studies/NAME/journal.sqlite, preprocess.keras, folds/
-                           trials/0017/, guard/0017.npy, frozen/, texts/DIGEST/preprocess.keras
+                           trials/0017/, guard/0017.npy, frozen/, texts/DIGEST/preprocess.keras, tensorboard/0017/
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from search.tracker import publishing
 WEIGHTS = "model.weights.h5"
 LOG = "log.txt"
 TEXTS = "texts"
+EVENTS = "tensorboard"
 _ARTIFACT_COLUMNS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -43,6 +44,11 @@ def weights(folder: Path, number: int) -> Path:
 def preprocess(folder: Path, number: int) -> Path:
     """The preprocessing of a trial that has a split of its own, if it is kept."""
     return trial(folder, number) / "preprocess.keras"
+
+
+def events(folder: Path, number: int) -> Path:
+    """What a trial logs for TensorBoard, where that was asked for; not in its own folder, whose files come and go."""
+    return folder / EVENTS / f"{number:04d}"
 
 
 def guard_parts(folder: Path, number: int) -> Path:

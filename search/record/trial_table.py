@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,6 +63,18 @@ def _row(trial: Trial) -> dict[str, Any]:
         "message": trial.message,
         **{_PARAMS + key: value for key, value in trial.params.items()},
     }
+
+
+def epochs(reports: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
+    """One row per epoch of a trial, of all its attempts: ``attempt``, ``epoch`` (from 1), and what Keras reported.
+
+    Args:
+        reports: Of ``report.show``: each with ``attempt``, ``step`` and ``metrics`` by name.
+    """
+    import pandas
+
+    rows = [{"attempt": one["attempt"], "epoch": one["step"], **one["metrics"]} for one in reports]
+    return pandas.DataFrame(rows, columns=None if rows else ["attempt", "epoch"])
 
 
 def write_parquet(frame: pandas.DataFrame, path: Path) -> None:

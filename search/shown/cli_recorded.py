@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -110,15 +111,41 @@ def trials(study: str, as_csv: bool, parquet: str | None, workspace: str | None,
 @click.command()
 @click.argument("study")
 @click.argument("trial", type=int)
+@click.option("--csv", "as_csv", is_flag=True, help="Print its epochs as CSV, and nothing else.")
 @options.workspace
 @options.as_json
-def show(study: str, trial: int, workspace: str | None, as_json: bool) -> None:
+def show(study: str, trial: int, as_csv: bool, workspace: str | None, as_json: bool) -> None:
     """Show one trial, and all that it printed."""
+    if as_csv and as_json:
+        raise RequestError("epochs have one form: give --csv or --json")
     from search.shown.report import trial_lines
     from search.study import Study
 
     found = Study(study, workspace).show(trial)
+    if as_csv:
+        from search.record.trial_table import epochs
+
+        return click.echo(epochs(found["reports"]).to_csv(index=False), nl=False)
     told(found, trial_lines, as_json)
+
+
+@click.command()
+@click.argument("study", required=False)
+@click.option("--port", type=int, default=6006, show_default=True)
+@options.workspace
+def tensorboard(study: str | None, port: int, workspace: str | None) -> None:
+    """Start TensorBoard on STUDY, for this machine only.
+
+    It shows trials of a study that was launched with --tensorboard, also while it runs.
+    """
+    from search.study import Study
+    from search.tracker.board import tensorboard as run
+
+    found = Study(study, workspace)
+    with run(found, port) as server:
+        click.echo(f"TensorBoard shows study {found.name} at {server.url} (stop with Ctrl-C)")
+        with contextlib.suppress(KeyboardInterrupt):
+            server.wait()
 
 
 @click.command()
@@ -259,4 +286,7 @@ def collect(dry_run: bool, yes: bool, workspace: str | None, as_json: bool) -> N
     told(found, lambda waste: garbage.lines(waste, dry_run), as_json)
 
 
-COMMANDS = (status, report, compare, trials, show, stop, repair, reproduce, ensemble, ledger, delete, collect)
+COMMANDS = (
+    *(status, report, compare, trials, show, tensorboard, stop, repair, reproduce),
+    *(ensemble, ledger, delete, collect),
+)

@@ -119,6 +119,13 @@ def checkpoint_minutes(command: Any) -> Any:
     )(command)
 
 
+def tensorboard(command: Any) -> Any:
+    """What trials write besides."""
+    return click.option(
+        "--tensorboard", is_flag=True, help="Also log trials for `heldout tensorboard`; needs the extra of that name."
+    )(command)
+
+
 def ends(command: Any) -> Any:
     """What ends a search before its number of trials; they may be extended on resume."""
     options = [
