@@ -188,7 +188,14 @@ def try_(space: str, params: str, epochs: int | None, seed: int, as_json: bool) 
 @click.option("--out", required=True, metavar="DIR", help="A new or empty folder.")
 @click.option("--trial", type=int, help="Number of the trial [the winner].")
 @click.option("--final", type=click.Choice(["all"]), help="Refit it on every row first; no score applies then.")
-@click.option("--format", "format_", type=click.Choice(["keras", "saved_model"]), default="keras", show_default=True)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["keras", "saved_model", "onnx", "litert"]),
+    default="keras",
+    show_default=True,
+    help="A file to add to model.keras; onnx and litert need an extra.",
+)
 @click.option("--register", metavar="NAME", help="Also put it in MLflow's registry, with the alias champion.")
 @options.workspace
 @options.as_json
@@ -214,7 +221,14 @@ def export(
         lineage = run(Study(study, workspace), out, watcher=watcher, **asked)
     if as_json:
         return print_json(lineage)
-    click.echo(f"trial {lineage['trial']} is in {out}: model.keras, lineage.json, MODEL_CARD.md, space.py")
+    files = [*{"model.keras": None} | lineage["checked"], "lineage.json", "MODEL_CARD.md", "space.py"]
+    files += [lineage["architecture"]] if lineage["architecture"] else []
+    click.echo(f"trial {lineage['trial']} is in {out}: {', '.join(files)}")
+    for name, found in lineage["checked"].items():
+        click.echo(
+            f"    {name} predicts {found['rows']} rows as the model does, to {found['largest_difference']:.2g} "
+            f"({lineage['tolerance']:g} is allowed)"
+        )
     if final == "all":
         click.echo(f"    refitted on all {lineage['rows']} rows, test rows included, so no score applies to it")
     for tier, score in lineage.get("scores", {}).items():

@@ -1,7 +1,8 @@
-"""Export: one model file that plain Keras loads, its lineage, and a short model card."""
+"""Export: one model file that plain Keras loads, on request another format beside it, its lineage and its card."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -15,20 +16,20 @@ from search.definition import assets
 from search.definition.problem import Problem
 from search.errors import RequestError, StudyError
 from search.executors import Executor, Job
+from search.exports import formats
+from search.exports.card import card
 from search.guard import final as refits
-from search.guard.freezing import build_file, gone, intact, predict_file
+from search.guard.freezing import build_file, draw, gone, intact, predict_file
 from search.loop.watcher import Silent, Watcher
 from search.processes import jobs
 from search.record import places
 from search.record.journal import Journal
 from search.scorer import scoring
 from search.scorer.judge import RowJudge
-from search.shown.report import number
 from search.study import Study, check_name
 from search.tracker import publishing
-from search.trial import Trial, TrialState, best
+from search.trial import Trial, TrialState, best, searched
 
-FORMATS = ("keras", "saved_model")
 FINALS = (None, "all")
 
 
@@ -42,10 +43,11 @@ def export(
     register: str | None = None,
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
-    """Write a trial's model to a folder: ``model.keras``, ``lineage.json``, ``MODEL_CARD.md`` and the space's source.
+    """Write a trial's model to a folder: ``model.keras``, its drawing, lineage and card, and the space's source.
 
     Every score in it is computed from the exported file. A test score is there only for a model that
-    was frozen and tested; exporting makes none, so it counts as no opening.
+    was frozen and tested; exporting makes none, so it counts as no opening. Each model file is read again after it was
+    written and must predict what the model did.
 
     Args:
         out: A new or empty folder.
@@ -53,15 +55,15 @@ def export(
             refitted model in a study that was launched with ``final="retrain"``.
         final: ``"all"`` trains the configuration anew on every row, test rows included. No score applies to that
             model, and lineage and card have none for it.
-        format: ``"keras"``, or ``"saved_model"`` to add TensorFlow's format beside it.
+        format: ``"keras"``; or ``"saved_model"``, ``"onnx"`` or ``"litert"``, to add that one beside it.
         register: Name in MLflow's registry; the new version gets the alias ``champion``.
 
     Returns:
         The lineage.
 
     Raises:
-        RequestError: If the folder has files in it, the trial has no model, the format is unknown, or every row is
-            asked for before the study is complete.
+        RequestError: If the folder has files in it, the trial has no model, the format is unknown, needs what is not
+            installed or cannot hold this model, or every row is asked for before the study is complete.
     """
     if final not in FINALS:
         raise RequestError(f"--final must be all, but got {final!r}; `heldout launch` has --final retrain")
@@ -72,8 +74,7 @@ def export(
         )
     if register is not None:
         check_name(register, "a model's name")
-    if format not in FORMATS:
-        raise RequestError(f"--format must be one of {', '.join(FORMATS)}, but got {format!r}")
+    formats.check_installed(format)
     folder = new_folder(out)
     watcher = watcher or Silent()
     with study.journal() as journal:
@@ -236,10 +237,16 @@ def _written(
     prepared, meta = jobs.prepared_for(journal, trial), journal.get("study")
     problem = Problem(**prepared["problem"])
     out = Path(model["path"]).parent
-    if format == "saved_model":  # from the file itself, so that both are one model
+    checked = {"model.keras": model["checked"]} if model.get("checked") else {}
+    if format != "keras":  # from the file itself, so that both are one model
+        watcher.say(f"writing the model as {format}")
+        name = formats.FILES[format]
         asked = {"problem": prepared["problem"], "path": model["path"], "custom": model["custom"]}
-        asked |= {"folder": str(out / "saved_model")}
-        jobs.call(executor, Job("saved-model", "saved_model", asked), watcher, executor.slots[0])
+        asked |= {"format": format, "out": str(out / name), "rows": prepared["rows"]}
+        asked["decoded"] = "files" in prepared["manifest"]["x"]
+        job = Job("convert", "convert", asked, log=str(out / "convert.log"))
+        checked[name] = jobs.call(executor, job, watcher, executor.slots[0])["checked"]
+    architecture = draw(journal, executor, watcher, trial, out)
     for left in out.glob("*.log"):
         left.unlink()
     shipped = assets.ship(prepared.get("assets"), study.folder, out)
@@ -253,13 +260,26 @@ def _written(
         "seed": trial.seed,
         **(trained or {"epochs": trial.epochs, "best_epoch": trial.best_epoch}),
         "weights": model["size"],
+        "flops": model.get("flops"),
         "space": {"name": problem.name, "digest": problem.digest},
         "data": meta["data"],
         "versions": meta["versions"],
         "custom_objects": model["custom"],
         "assets": shipped,
         "decoded": "files" in prepared["manifest"]["x"],
+        "about": _about(problem.source),
         "objective": meta["objective"],
+        "direction": prepared["direction"],
+        "searched": _searched(journal),
+        "against_baseline": _against_baseline(journal, trial, model),
+        "inputs": _inputs(prepared["manifest"]["x"]),
+        "outputs": [
+            {key: output[key] for key in ("name", "from_logits")} | {"shape": output["shape"][1:]}
+            for output in model["declaration"]["outputs"]
+        ],
+        "architecture": architecture,
+        "checked": checked,
+        "tolerance": formats.TOLERANCE,
         **_scores(journal, executor, watcher, prepared, trial, model),
         "exported": datetime.now(UTC).isoformat(timespec="seconds"),
         "format": format,
@@ -268,6 +288,41 @@ def _written(
     _write_json(out / "lineage.json", lineage)
     (out / "MODEL_CARD.md").write_text(card(lineage))
     return lineage
+
+
+def _about(source: str) -> str:
+    """The first paragraph of the module's docstring, on one line."""
+    return " ".join((ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0].split())
+
+
+def _searched(journal: Journal) -> dict[str, Any]:
+    """What the study tried: how many trials ended how, its sampler, and for each parameter its values and default."""
+    trials = journal.history()
+    ended = [trial.state for trial in searched(trials)]
+    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED)
+    known = journal.space().parameters
+    return {
+        "trials": {state.value.lower(): ended.count(state) for state in states},
+        "confirmations": sum(trial.confirms is not None for trial in trials),
+        "sampler": (journal.get("study").get("config") or {}).get("sampler"),
+        "parameters": {key: [str(one.domain), one.domain.default] for key, one in known.items()},
+    }
+
+
+def _against_baseline(journal: Journal, trial: Trial, model: dict[str, Any]) -> dict[str, Any] | None:
+    """What the test step said of this model, if it is the winner that was tested."""
+    evaluation = journal.get("evaluation") or {}
+    if model.get("tested") is None or evaluation["winner"]["trial"] != trial.number:
+        return None
+    baseline = evaluation["baseline"]
+    score = None if baseline is None else baseline["score"]
+    return {"score": score, "gain": evaluation["difference"], "verdicts": evaluation["verdicts"]}
+
+
+def _inputs(spec: Mapping[str, Any]) -> list[list[Any]]:
+    """Name, shape of one row, and type of what goes in."""
+    given = zip(spec["names"], spec["shapes"], spec["dtypes"], strict=True)
+    return [[name, shape[1:], "text" if dtype.startswith("<U") else dtype] for name, shape, dtype in given]
 
 
 def _scores(
@@ -321,105 +376,3 @@ def _scores(
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def card(lineage: Mapping[str, Any]) -> str:
-    """A short model card in Markdown."""
-    custom = lineage["custom_objects"]
-    # Decoding is no part of the model.
-    takes = "what decode(path) of space.py returns, in batches" if lineage.get("decoded") else "raw features"
-    first = "import space  # registers " + ", ".join(c["class"] for c in custom) + "\n" if custom else ""
-    return "\n".join(
-        [
-            f"# {lineage['space']['name']}: trial {lineage['trial']} of study {lineage['study']}",
-            "",
-            *_believe(lineage),
-            "",
-            "## Use",
-            "",
-            "```python",
-            f"import keras\n{first}",
-            'model = keras.models.load_model("model.keras")',
-            f"predictions = model.predict(x, batch_size={lineage['batch_size']})  # x: {takes}, "
-            "preprocessing is inside",
-            "```",
-            *assets.lines(lineage.get("assets") or ()),
-            "",
-            "## What it is",
-            "",
-            *(f"- `{key}` = {number(value)}" for key, value in lineage["params"].items()),
-            f"- {lineage['weights']} weights, {_trained(lineage)}, seed {lineage['seed']}",
-            f"- space digest `{lineage['space']['digest'][:16]}`, data digest `{lineage['data']['digest'][:16]}`",
-            f"- versions: {', '.join(f'{name} {version}' for name, version in lineage['versions'].items())}",
-            "",
-        ]
-    )
-
-
-def _trained(lineage: Mapping[str, Any]) -> str:
-    if lineage.get("final") is None:
-        return f"epoch {lineage['best_epoch']} of {lineage['epochs']}"
-    return (
-        f"the last of {lineage['epochs']} epochs on {lineage['rows']} rows (the median of the best epochs of this "
-        "configuration's runs, since no validation rows were left to choose by)"
-    )
-
-
-def _believe(lineage: Mapping[str, Any]) -> list[str]:
-    """What is known of the model's worth, and what to believe of it."""
-    if lineage.get("final") == "all":
-        others = lineage["refitted_from"]["scores"]
-        return [
-            f"**No score applies to this model.** It was trained on all {lineage['rows']} rows, test rows included, so "
-            "none are left that could test it.",
-            "",
-            f"Trial {lineage['trial']} of the search had these parameters, and these scores. They describe another "
-            "model, which was trained on fewer rows.",
-            "",
-            *_table(lineage, others),
-        ]
-    scores = lineage["scores"]
-    tested, retrained = scores.get("test"), lineage.get("final") == "retrain"
-    if retrained:
-        chosen = (
-            f"It was trained anew on {lineage['rows']} rows, those of validation and guard among them, so scores on "
-            "these would say nothing and are left out."
-        )
-    else:
-        judged = (scores.get("validation") or {}).get("plan")
-        of = "" if judged is None else f" by {judged}"
-        worth = "flatters" if judged is None else "is optimistic"
-        chosen = f"The validation score{of} helped to choose the model, so it {worth}."
-        corrected = (scores.get("guard") or {}).get("corrected")
-        if corrected is not None and corrected["interval"] is not None:
-            low, high = (number(end) for end in corrected["interval"])
-            chosen = (
-                f"{chosen} So did the guard score; corrected for that it is {number(corrected['estimate'])}, "
-                f"{corrected['level']:.0%} interval {low} to {high}."
-            )
-    if tested is None:
-        said = ", so no score speaks for it" if retrained else ""
-        return [f"This model was not tested on held-out rows{said}. {chosen}", *_table(lineage, scores, "")]
-    only = "Only the test score speaks for this model" if retrained else "Believe the test score"
-    if tested["interval"] is None:
-        told = f"{only}: {number(tested['score'])}. No choice was made by those rows. It has no interval."
-    else:
-        low, high = (number(end) for end in tested["interval"])
-        told = (
-            f"{only}: {number(tested['score'])}, {tested['level']:.0%} interval {low} to {high}, on "
-            f"{tested['rows']} rows that no choice was made by (opening {tested['opening']} of these rows)."
-        )
-    return [f"{told} {chosen}", *_table(lineage, scores, "")]
-
-
-def _table(lineage: Mapping[str, Any], scores: Mapping[str, Any], *before: str) -> list[str]:
-    """Scores by tier as Markdown, after these lines; nothing if there are none."""
-    if not scores:
-        return []
-    lines = ["| rows | " + str(lineage["objective"]).removeprefix("val_") + " |", "|---|---|"]
-    for tier in (tier for tier in ("validation", "guard", "test") if tier in scores):
-        again = lineage.get("final") == "all" and scores[tier].get("final") == "retrain"
-        name = f"{tier} (refitted on train, validation and guard)" if again else tier
-        name += f" ({scores[tier]['plan']}, optimistic)" if "plan" in scores[tier] else ""
-        lines.append(f"| {name} | {number(scores[tier]['score'])} |")
-    return [*before, *lines]

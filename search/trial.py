@@ -79,8 +79,9 @@ class Trial:
         loss: ``score`` turned so that lower is better; None unless the trial is complete or pruned.
         epochs: Epochs finished; best_epoch: the one whose weights were kept (from 1).
         size: Number of weights in the model.
-        extra: JSON for people and export (devices seen, what Keras reported, the model's declaration); ``gpus``, how
-            many it had, and ``error``, the standard error of ``score``, for the ends of a study that count with them.
+        extra: JSON for people and export (devices seen, what Keras reported, the model's declaration, its ``flops``);
+            ``gpus``, how many it had, and ``error``, the standard error of ``score``, for the ends of a study that
+            count with them.
     """
 
     number: int

@@ -29,14 +29,15 @@ LAYERS = (
     {"space", "store", "leakage"},
     {"data", "failing", "rungs", "folds", "lines", "starting"},
     {"history", "tracing", "declaration", "scoring", "folding"},
-    {"fused", "checkpoints", "best_epoch", "own_fit", "encoding", "transformers", "chance", "diagnosis", "eventlog"},
+    {"fused", "checkpoints", "best_epoch", "own_fit", "eventlog", "flops"},
+    {"encoding", "transformers", "chance", "diagnosis"},
     {"feeding", "few_errors"},
     {"journal", "statistics", "salvage"},
     {"enqueueing", "trial_table", "importance", "panels", "markup"},
     {"runs", "parameter_panels", "suggestions"},
     {"publisher", "verdicts", "candidates", "places", "blending"},
     {"samplers", "executors", "keeping", "tracking", "registry", "training", "selection"},
-    {"predicting", "backbones", "custom_metric", "preflight", "merging"},
+    {"predicting", "backbones", "custom_metric", "preflight", "merging", "formats", "architecture"},
     {"study", "devices", "slots", "discovery", "recording"},
     {"attempt", "agenda", "warm_start", "preprocessing"},
     {"loading", "cost", "sanity", "board"},
@@ -49,7 +50,7 @@ LAYERS = (
     {"page_record"},
     {"sections"},
     {"page"},
-    {"final", "winner"},
+    {"final", "winner", "card"},
     {"freezing", "comparison"},
     {"evaluation"},
     {"wiring", "rehearsal", "reproduction", "ensemble_judging"},
@@ -81,7 +82,7 @@ STDLIB_ONLY = {
     *("places", "disk", "assets", "keeping", "lifecycle", "garbage", "reserving", "pruners", "ends", "agenda"),
     # A trial's own process, which trainings are forked from.
     *("validation", "folding"),
-    *("board", "serving"),
+    *("board", "serving", "architecture"),
 }
 
 # Files of such a part that nothing loads but their name, once a study asks for that sampler.
@@ -92,7 +93,7 @@ SLOW = {
     "keras": {
         *("training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric", "checkpoints"),
         *("best_epoch", "own_fit", "predicting", "backbones", "preprocessing", "merging", "diagnosis", "sanity"),
-        "eventlog",
+        *("flops", "eventlog"),
     },
     "keras_tuner": {"tracing"},
     "mlflow": {"tracking", "publisher", "removing"},

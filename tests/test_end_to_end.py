@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 
 from search.study import Study
 from search.tiers.data import SealedRows
+from search.tracker import serving
+from search.tracker.publishing import MLFLOW_ENVIRONMENT
 from tests.conftest import ROOT, Heldout, run_heldout
 from tests.tiny import write_space
 
@@ -127,6 +130,25 @@ def test_the_exported_model_gets_the_reported_test_accuracy_in_a_bare_process(
     assert lineage["params"] == digits.report["best"]["params"]
     card = (out / "MODEL_CARD.md").read_text()
     assert "Believe the test score" in card and f"batch_size={lineage['batch_size']}" in card
+    assert "by 6 complete trials; sampler `gp`" in card and "| `learning_rate` | float " in card
+    assert "- NO_G" in card and "goes in: float32, 64 a row" in card
+    assert lineage["checked"]["model.keras"] == {"rows": 32, "largest_difference": 0.0}
+    assert (out / lineage["architecture"]).stat().st_size > 0 and lineage["flops"] > 0
+    assert "model.keras predicts 32 rows as the model does, to 0 (0.0001 is allowed)" in ran.stdout
+
+
+def test_the_architecture_and_the_size_of_models_are_in_mlflow(digits: Done) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{digits.workspace}/mlflow.db")
+    tracking = digits.report["tracking"]
+    drawn = Path(digits.report["architecture"])
+    assert drawn.parent == digits.study.folder and drawn.exists()
+    assert [a.path for a in client.list_artifacts(tracking["run_id"], "model")] == [f"model/{drawn.name}"]
+    for run in client.search_runs([tracking["experiment_id"]], "params.trial != ''"):
+        trial = digits.study.trials[int(run.data.params["trial"])]
+        found = run.data.metrics
+        assert (found["weights"], found["flops"]) == (trial.size, trial.extra["flops"]) and found["flops"] > 0
 
 
 def test_a_regression_with_preprocessing_exports_to_the_reported_loss(
@@ -172,6 +194,29 @@ def test_the_registered_champion_loads_by_its_alias(digits: Done, tmp_path: Path
     assert seen.stdout.strip().endswith("(2, 10)"), seen.stderr
     assert list((digits.workspace / "artifacts").rglob("MLmodel")) and not list(tmp_path.rglob("mlruns"))
     assert not (ROOT / "mlruns").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_registered_model_answers_the_same_over_http(digits: Done, tmp_path: Path, heldout: Heldout) -> None:
+    from tests.tracked import free_port  # and with it MLflow
+
+    out = tmp_path / "best"
+    ran = heldout("export", "s", "--workspace", str(digits.workspace), "--out", str(out), "--register", "served")
+    assert ran.returncode == 0, ran.stderr
+    expected = predicted(digits, out, tmp_path)
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", "models:/served@champion"]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    uri = f"sqlite:///{digits.workspace}/mlflow.db"
+    environment = {**os.environ, **MLFLOW_ENVIRONMENT, "MLFLOW_TRACKING_URI": uri}
+    url = f"http://127.0.0.1:{port}"
+    with serving.start(command, environment, "the model's server", health=f"{url}/ping", url=url):
+        body = json.dumps({"inputs": np.load(tmp_path / "x.npy").tolist()}).encode()
+        request = urllib.request.Request(f"{url}/invocations", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            got = np.array(json.load(answer)["predictions"])
+    assert got.shape == expected.shape and np.abs(got - expected).max() < 1e-5  # in batches of another size
 
 
 def test_rows_opened_before_stay_sealed_and_evaluate_counts(digits: Done, heldout: Heldout) -> None:

@@ -196,7 +196,8 @@ def test_a_refit_is_fitted_on_every_row_and_leaves_no_copy_of_them(tmp_path: Pat
     done = Searched(tmp_path, {"rate": 0.02}, rest=PREPROCESS)
     for name, tiers in (("all", final.ALL), ("retrain", final.RETRAIN)):
         built = done.refit(tmp_path / f"{name}.keras", tiers)
-        assert set(built) == {"declaration", "custom", "size", "epochs", "rows"}
+        assert set(built) == {"declaration", "custom", "size", "flops", "checked", "epochs", "rows"}
+        assert built["checked"]["largest_difference"] == 0
         assert built["rows"] == sum(done.prepared["manifest"]["tiers"][tier] for tier in tiers)
         assert built["epochs"] == 2
         rows = done.all_x()[: built["rows"]]
@@ -323,7 +324,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Study:
         "objective": objective,
         "space": done.problem.to_json() | {"digest": done.problem.digest},
         "versions": done.prepared["versions"],
-        "data": {"digest": done.prepared["manifest"]["digest"]},
+        "data": {key: done.prepared["manifest"][key] for key in ("digest", "rows", "tiers")},
     }
     known = {"study": meta, "prepared": done.prepared, "state": "COMPLETE"}
     with Journal.create(done.study / "journal.sqlite", known) as journal:
@@ -375,7 +376,8 @@ def test_final_all_exports_a_model_of_every_row_and_no_score_of_it(
     assert "**No score applies to this model.** It was trained on all 200 rows, test rows included" in card
     assert "They describe another model" in card and "| guard | 0.25 |" in card
     assert "the last of 4 epochs on 200 rows" in card
-    assert sorted(path.name for path in out.iterdir()) == ["MODEL_CARD.md", "lineage.json", "model.keras", "space.py"]
+    whole = {"MODEL_CARD.md", "lineage.json", "model.keras", "space.py", lineage["architecture"]}
+    assert {path.name for path in out.iterdir()} == whole
     assert recorded.meta("evaluation") is None and not Path(os.environ["HELDOUT_LEDGER"]).exists()
 
     assert export(recorded, tmp_path / "first", final="all", trial=0)["epochs"] == 1

@@ -89,10 +89,11 @@ def test_a_model_file_with_code_in_it(tmp_path: Path, mark: Path, kind: str) -> 
     common = {"problem": running.module.problem.to_json(), "rows": str(running.rows.path), "seed": 0}
     predicting = {"custom": [], "features": None, "tier": "validation", "folder": str(tmp_path)}
     predicting |= {"models": {"m": str(path)}}
+    converting = {"custom": [], "path": str(path), "format": "saved_model", "out": str(tmp_path / "out")}
     jobs: list[Callable[[], Any]] = [
         lambda: worker.predict(common | predicting, lambda body: None),
         lambda: worker._Trial(common | {"preprocess": str(path), "proposal": None, "default": True}),
-        lambda: worker.saved_model(common | {"custom": [], "path": str(path), "folder": str(tmp_path / "out")}, print),
+        lambda: worker.convert(common | converting, print),
     ]
     for job in jobs:
         with pytest.raises(Exception, match="[Ll]ambda|File not found|not.*zip|[Ii]nvalid|does not appear"):

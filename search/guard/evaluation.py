@@ -14,7 +14,7 @@ from search.definition.problem import Problem
 from search.errors import RequestError, StudyError
 from search.executors import Executor, Job
 from search.guard import intervals, statistics, verdicts, winner
-from search.guard.freezing import by_text, freeze, predict_file
+from search.guard.freezing import by_text, draw, freeze, predict_file
 from search.guard.ledger import Ledger, times
 from search.loop.watcher import Silent, Watcher
 from search.pages import page
@@ -95,7 +95,19 @@ def conclude(
         except Exception as error:  # a picture must not cost a study its answer
             watcher.say(f"the picture could not be drawn: {error}")
     found = report(Study.at(folder))
-    _record(journal, "summary", {"believe": found["believe"], "picture": found["picture"]})
+    summary = {"believe": found["believe"], "picture": found["picture"]}
+    _record(journal, "summary", summary | {"architecture": _drawn(folder, journal, executor, watcher)})
+
+
+def _drawn(folder: Path, journal: Journal, executor: Executor, watcher: Watcher) -> dict[str, Any] | None:
+    """The drawing of the winner's architecture, by trial and file; made anew only for another winner."""
+    number = journal.get("selection")["winner"]["trial"]
+    known: dict[str, Any] | None = (journal.get("summary") or {}).get("architecture")
+    if known is not None and known["trial"] == number and (folder / known["file"]).exists():
+        return known
+    (trial,) = [trial for trial in journal.history() if trial.number == number]
+    file = draw(journal, executor, watcher, trial, folder)
+    return None if file is None else {"trial": number, "file": file}
 
 
 def open_test(

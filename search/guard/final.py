@@ -74,7 +74,7 @@ def refit(
         epochs: See ``epochs_for``.
 
     Returns:
-        ``declaration``, ``custom`` and ``size``, as ``freezing.build_file`` does; ``epochs`` and ``rows`` trained.
+        What ``freezing.build_file`` does, and ``epochs`` and ``rows`` trained.
 
     Raises:
         DataError: If the copy of the rows cannot be made.
@@ -101,7 +101,7 @@ def refit(
         job = Job(f"refit-{trial.number}", "refit", payload, log=str(path.parent / "refit.log"))
         built = jobs.call(executor, job, watcher, slot=executor.slots[0])
     check_parameters(space, trial, built["asks"])
-    return {key: built[key] for key in ("declaration", "custom", "size", "epochs", "rows")}
+    return {key: built[key] for key in ("declaration", "custom", "size", "flops", "checked", "epochs", "rows")}
 
 
 def check_parameters(space: Space, trial: Trial, asks: Sequence[Ask]) -> None:

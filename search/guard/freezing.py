@@ -11,6 +11,7 @@ from search.errors import RequestError
 from search.executors import Executor, Job
 from search.guard import final as refitting
 from search.guard import verdicts
+from search.harness.architecture import DRAWINGS
 from search.loop.watcher import Watcher
 from search.processes import jobs
 from search.record import places
@@ -108,23 +109,45 @@ def build_file(
 ) -> dict[str, Any]:
     """Write one trial's model, preprocessing included, as a ``.keras`` file.
 
+    Returns:
+        ``declaration``, ``custom``, ``size`` and ``flops`` of the model, and how the file was ``checked``.
+
     Raises:
         RequestError: If its weights were not kept, or the recorded parameters no longer build the recorded model.
     """
     weights = places.weights(journal.path.parent, trial.number)
     if not weights.exists():
         raise RequestError(gone(trial.number))
-    prepared, space = jobs.prepared_for(journal, trial), journal.space()
-    payload = jobs.base_payload(prepared, path.parent) | {
-        "seed": trial.seed,
-        "proposal": space.proposal(trial.params),
-        "weights": str(weights),
-        "out": str(path),
-    }
+    space = journal.space()
+    payload = _of_trial(journal, trial, path.parent) | {"weights": str(weights), "out": str(path)}
     job = Job(f"export-{trial.number}", "export", payload, log=str(path.parent / "export.log"))
     built = jobs.call(executor, job, watcher, slot=executor.slots[0])
     refitting.check_parameters(space, trial, built["asks"])
-    return {"declaration": built["declaration"], "custom": built["custom"], "size": built["size"]}
+    return {key: built[key] for key in ("declaration", "custom", "size", "flops", "checked")}
+
+
+def draw(journal: Journal, executor: Executor, watcher: Watcher, trial: Trial, folder: Path) -> str | None:
+    """Draw the architecture of a trial's model in a folder; see ``architecture.draw``.
+
+    Returns:
+        The file's name; None, said to the watcher, if it could not be drawn.
+    """
+    log = folder / "draw.log"
+    job = Job(f"draw-{trial.number}", "draw", _of_trial(journal, trial, folder), log=str(log))
+    try:
+        drawn = jobs.call(executor, job, watcher, slot=executor.slots[0])["drawing"]
+        log.unlink(missing_ok=True)
+        return drawn if drawn in DRAWINGS else None
+    except RequestError as error:  # a drawing must not cost a model
+        watcher.say(f"the architecture of trial {trial.number} could not be drawn: {error}")
+        return None
+
+
+def _of_trial(journal: Journal, trial: Trial, folder: Path) -> dict[str, Any]:
+    """What a job needs to build a trial's model."""
+    proposal = journal.space().proposal(trial.params)
+    prepared = jobs.prepared_for(journal, trial)
+    return jobs.base_payload(prepared, folder) | {"seed": trial.seed, "proposal": proposal}
 
 
 def gone(number: int) -> str:

@@ -97,6 +97,8 @@ class _Trial:
         payload = {**self._part(number), "folder": str(place), "tiers": ["validation"], "weights": False}
         if self._payload["preprocess"]:
             payload["preprocess"] = str(preprocess_of(Path(self._payload["folds"]["folder"]), number))
+        if events := self._payload.get("events"):
+            payload["events"] = str(Path(events) / place.name)
         payload["preflight"] = bool(self._payload.get("preflight")) and number == 0
         identity, keeps = self._identity(number), self._payload.get("checkpoint_minutes") is not None
         # A preflight that was not recorded must be run and told again.

@@ -118,23 +118,35 @@ class _Trial:
         given = (self.module, self.model, self.hp, self.rows, self.preprocess)
         return training.fit(*given, epochs=epochs, send=send, keep_last=keep_last, **known)
 
+    def composed(self) -> Any:
+        """One model from raw rows to predictions."""
+        from search.harness import training
+
+        return training.compose(self.model, self.preprocess, self.rows.manifest["x"])
+
     def written(self, path: Path) -> dict[str, Any]:
         """Write the model, preprocessing included, as one file; what is known of it."""
+        from search.exports import formats
         from search.harness import preflight, training
 
-        training.save(training.compose(self.model, self.preprocess, self.rows.manifest["x"]), path)
+        composed = self.composed()
+        training.save(composed, path)
         preflight.refuse_secrets(path, self.module.problem.path)
-        return {**self.described(), "custom": list(preflight.custom_objects(path))}
+        checked = formats.read_again(composed, path, self.rows)
+        return {**self.described(), "custom": list(preflight.custom_objects(path)), "checked": checked}
 
     def described(self) -> dict[str, Any]:
         """What the driver and the scorer need to know of the model."""
         from search.scorer import declaration
 
-        return {
-            "asks": self.hp.asks,
-            "declaration": declaration.declare(self.model),
-            "size": int(self.model.count_params()) if self.model.built else None,
-        }
+        return {"asks": self.hp.asks, "declaration": declaration.declare(self.model), **self.counted()}
+
+    def counted(self) -> dict[str, int | None]:
+        """How large the model is: its weights, and the operations of one row; None where that is not known."""
+        from search.harness import flops
+
+        built = self.model.built
+        return {"size": int(self.model.count_params()) if built else None, "flops": flops.count(self.model)}
 
 
 def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
@@ -166,7 +178,7 @@ def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
             preflight.refuse_secrets(weights, running.module.problem.path)
     except Stopped:
         checkpoints.remove(folder)
-        return {"asks": [] if running is None else running.hp.asks, "stopped": True}
+        return {"stopped": True} | ({"asks": []} if running is None else {"asks": running.hp.asks, **running.counted()})
     except BaseException as error:
         # What it asked for is part of the record of a failed trial too.
         if running is not None:
@@ -294,12 +306,8 @@ def merge(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
     """Write one model around several exported files, which averages what they say; see ``merging.merged``."""
     from search.ensembles import merging
     from search.harness import preflight, training
-    from search.processes import devices
 
-    if payload.get("slot"):
-        devices.apply(payload["slot"])
-    if payload["custom"]:
-        SpaceModule(Problem(**payload["problem"]))
+    _get_ready(payload, payload["custom"])
     out = Path(payload["out"])
     model = merging.merged(payload["members"], payload["written"])
     training.save(model, out)
@@ -307,18 +315,32 @@ def merge(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
     return {"size": int(model.count_params()), "custom": list(preflight.custom_objects(out))}
 
 
-def saved_model(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
-    """Write an exported file in TensorFlow's format beside it."""
-    import keras
-
+def _get_ready(payload: dict[str, Any], custom: Any) -> None:
+    """Before a model file is read: on the slot's devices, and with the module's custom layers if it has some."""
     from search.processes import devices
 
     if payload.get("slot"):
         devices.apply(payload["slot"])
-    if payload["custom"]:
+    if custom:
         SpaceModule(Problem(**payload["problem"]))
-    keras.models.load_model(payload["path"], compile=False).export(payload["folder"], verbose=False)
-    return {}
+
+
+def convert(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Write an exported file in another format beside it, and see that it predicts the same."""
+    from search.exports import formats
+    from search.tiers.data import OpenRows
+
+    _get_ready(payload, payload["custom"])
+    decode = SpaceModule(Problem(**payload["problem"])).decode if payload["decoded"] else None
+    paths = Path(payload["path"]), Path(payload["out"])
+    return {"checked": formats.convert(*paths, payload["format"], OpenRows(Path(payload["rows"]), decode))}
+
+
+def draw(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
+    """Draw the architecture of a trial's model, preprocessing included."""
+    from search.harness import architecture
+
+    return {"drawing": architecture.draw(_Trial(payload).composed(), Path(payload["folder"]))}
 
 
 def predict(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
@@ -362,13 +384,9 @@ def score(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
 
 def register(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> JobResult:
     """Put an exported file in MLflow's registry."""
-    from search.processes import devices
     from search.tracker import registry
 
-    if payload.get("slot"):
-        devices.apply(payload["slot"])
-    if payload["lineage"]["custom_objects"]:
-        SpaceModule(Problem(**payload["problem"]))
+    _get_ready(payload, payload["lineage"]["custom_objects"])
     path, lineage = Path(payload["path"]), payload["lineage"]
     uri = os.environ["MLFLOW_TRACKING_URI"]  # with credentials, so not in the payload
     return {"registered": registry.register_model(path, payload["name"], uri, lineage)}
@@ -384,7 +402,8 @@ JOBS: dict[str, Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], Job
     "export": export,
     "refit": refit,
     "merge": merge,
-    "saved_model": saved_model,
+    "convert": convert,
+    "draw": draw,
     "predict": predict,
     "score": score,
     "register": register,

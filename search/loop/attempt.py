@@ -101,6 +101,9 @@ class Attempt:
             raise ValueError(f"a result without {', '.join(sorted(missing))}")
         if not self.stopped and type(body["epochs"]) is not int:
             raise ValueError(f"epochs {body['epochs']!r}")
+        for name in ("size", "flops"):
+            if body.get(name) is not None and type(body[name]) is not int:
+                raise ValueError(f"{name} {body[name]!r}")
         space.grown(body["asks"], complete=False).params_of(body["asks"])
         # Its seed says which rows validated it, where every trial has its own; that is not for the trial to say.
         self.result, self.asks = {**body, "seed": self.trial.seed}, body["asks"]
@@ -154,15 +157,17 @@ class Attempt:
 
     def finished(self, verdict: Verdict | None, params: dict[str, Any], direction: str, now: float) -> Trial:
         """The trial as it ended."""
+        result = self.result or {}
+        counted = {} if result.get("flops") is None else {"flops": result["flops"]}
         if self.stopped:
             score = self.value if direction == "min" or self.value is None else -self.value
-            return self.trial.moved(TrialState.PRUNED, params=params, ended=now, score=score, loss=self.value)
+            known = {"size": result.get("size"), "extra": {**self.trial.extra, **counted}}
+            return self.trial.moved(TrialState.PRUNED, params=params, ended=now, score=score, loss=self.value, **known)
         if verdict is None:
             failure = self.failure or TrialFailed("crash", "the trial ended without a verdict")
             return self.trial.moved(
                 TrialState.FAILED, params=params, ended=now, reason=failure.reason, message=failure.message
             )
-        result = self.result or {}
         return self.trial.moved(
             TrialState.COMPLETE,
             params=params,
@@ -175,6 +180,7 @@ class Attempt:
             extra={
                 **self.trial.extra,
                 **{key: result[key] for key in _EXTRA},
+                **counted,
                 **({} if verdict.error is None else {"error": verdict.error}),
             },
         )

@@ -21,9 +21,10 @@ def dataframe(trials: Iterable[Trial]) -> pandas.DataFrame:
     """One row per trial.
 
     Columns: ``number``, ``state``, ``score`` (on validation rows), ``seconds`` (of its last attempt), ``epochs``,
-    ``best_epoch``, ``size`` (weights of its model), ``confirms``, ``attempt``, ``seed``, ``started``, ``ended`` (UTC),
-    ``reason`` and ``message`` of a failure, and ``params.NAME`` for each parameter, missing where a trial did not ask
-    for it. Scores on guard rows are not in it: they choose the winner, once.
+    ``best_epoch``, ``size`` (weights of its model), ``flops`` (floating-point operations of one row),
+    ``confirms``, ``attempt``, ``seed``, ``started``, ``ended`` (UTC), ``reason`` and ``message``
+    of a failure, and ``params.NAME`` for each parameter, missing where a trial did not ask for it. Scores on guard rows
+    are not in it: they choose the winner, once.
     """
     import pandas
 
@@ -54,6 +55,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "epochs": trial.epochs,
         "best_epoch": trial.best_epoch,
         "size": trial.size,
+        "flops": trial.extra.get("flops"),
         "confirms": trial.confirms,
         "attempt": trial.attempt,
         "seed": trial.seed,

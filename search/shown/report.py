@@ -36,7 +36,7 @@ def report(study: Study) -> dict[str, Any]:
         meta = journal.get("study") or {}
         selection = journal.get("selection") or {}
         evaluation = journal.get("evaluation") or {}
-        preflight = journal.get("preflight")
+        preflight, summary = journal.get("preflight"), journal.get("summary") or {}
         ensemble = ensemble_words.latest(journal.get("ensembles"), selection)
         ended, plan = journal.get("ended"), config_of(journal) if meta else None
         judged = (journal.get("prepared") or {}).get("validation")
@@ -77,11 +77,17 @@ def report(study: Study) -> dict[str, Any]:
         "final": evaluation.get("final"),
         "ensemble": ensemble,
         "picture": str(picture) if picture.exists() else None,
+        "architecture": _drawing(study, summary.get("architecture")),
         "data": meta.get("data"),
         "tracking": {key: tracking.get(key) for key in ("uri", "experiment_id", "run_id")},
         "seconds": ends.busy(trials),
     }
     return found | {"believe": belief.paragraph(found)}
+
+
+def _drawing(study: Study, drawn: dict[str, Any] | None) -> str | None:
+    path = None if drawn is None else study.folder / drawn["file"]
+    return str(path) if path is not None and path.exists() else None
 
 
 def _because(plan: StudyConfig | None, ended: str | None, trials: int) -> str | None:
@@ -169,6 +175,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     out += ensemble_words.brief(found["ensemble"], name) if found["ensemble"] else []
     if found["picture"]:
         out.append(f"picture: {found['picture']}")
+    if found["architecture"]:
+        out.append(f"the winner's layers: {found['architecture']}")
     out += [f"verdict: {name} ({verdicts.MEANING[name]})" for name in found["verdicts"]]
     return [*out, *textwrap.wrap(found["believe"], _WIDTH)]
 
@@ -376,6 +384,9 @@ def trial_lines(found: dict[str, Any]) -> list[str]:
         out.append(f"stopped early by the pruner, after {count} {steps}; the score is Keras' {what} until then")
     if found["state"] == TrialState.COMPLETE:
         out.append("its model is kept" if found["kept"] else "its model was not kept: others scored better (--keep)")
+    if found["size"] is not None:
+        flops = found["extra"].get("flops")
+        out.append(f"{found['size']} weights" + ("" if flops is None else f", {flops} floating-point operations a row"))
     out += [f"    {key} = {value}" for key, value in found["params"].items()]
     for one in found["reports"]:
         if one["attempt"] == found["attempt"]:

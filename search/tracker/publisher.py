@@ -336,8 +336,16 @@ class Publisher:
         if state in ("COMPLETE", "FAILED") and page.exists():
             parent = self._parent.run_id
             self._store("page", lambda: self._client.log_artifact(parent, str(page), "report"))
+        if summary.get("architecture"):
+            self._put_architecture(self._parent.run_id, summary["architecture"])
         self._client.set_terminated(self._parent.run_id, status, runs.optional_millis(self._journal.put_at("state")))
         self._parent.status = status
+
+    def _put_architecture(self, run_id: str, drawn: Mapping[str, Any]) -> None:
+        """Stores the drawing of the winner's architecture; each winner's, should a longer search find another."""
+        file = self._journal.path.parent / Path(drawn["file"]).name
+        what = f"architecture of trial {drawn['trial']}"
+        self._store(what, lambda: self._client.log_artifact(run_id, str(file), "model"))
 
     def _put_source(self, parent: _Published) -> None:
         """Stores the space's source."""

@@ -33,7 +33,7 @@ TRIAL_STATUS = {
     TrialState.PRUNED: "FINISHED",  # as it should; KILLED has a red cross in MLflow's list, as if it had broken
     TrialState.FAILED: "FAILED",
 }
-_FINAL = ("score", "seconds", "epochs", "best_epoch", "weights")
+_FINAL = ("score", "seconds", "epochs", "best_epoch", "weights", "flops")
 STUDY_STATUS = {"RUNNING": "RUNNING", "COMPLETE": "FINISHED", "FAILED": "FAILED", "STOPPED": "KILLED"}
 
 
@@ -200,7 +200,7 @@ def end_points(trial: Trial, last: Point | None) -> list[Point]:
     """
     step = max(trial.epochs, last.step if last else 0)
     at = max(millis(trial.ended or trial.started or 0.0), last.at + 1 if last else 0)
-    final = (trial.score, trial.seconds, trial.epochs, trial.best_epoch, trial.size)
+    final = (trial.score, trial.seconds, trial.epochs, trial.best_epoch, trial.size, trial.extra.get("flops"))
     found = dict(zip(_FINAL, final, strict=True))
     return [Point(key, float(value), at, step) for key, value in found.items() if value is not None]
 
