@@ -125,7 +125,7 @@ def test_the_lines_to_put_in_place_of_the_marked_ones_work(tmp_path: Path, kind:
             folder = own / "ab"[number % 2]
             folder.mkdir(parents=True, exist_ok=True)
             keras.utils.save_img(folder / f"{number}.png", rng.integers(0, 255, (9, 7, 1)), scale=False)
-    file = init(os.fspath(tmp_path / "mine"), kind)
+    file = init(os.fspath(tmp_path / f"own_{kind}"), kind)
     replaced(file, kind, own)
     from search.definition.problem import SpaceModule
 
