@@ -331,7 +331,7 @@ def convert(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> 
     from search.tiers.data import OpenRows
 
     _get_ready(payload, payload["custom"])
-    decode = SpaceModule(Problem(**payload["problem"])).decode if payload["decoded"] else None
+    decode = SpaceModule(Problem(**payload["problem"])).decode if payload.get("decoded") else None
     paths = Path(payload["path"]), Path(payload["out"])
     return {"checked": formats.convert(*paths, payload["format"], OpenRows(Path(payload["rows"]), decode))}
 
