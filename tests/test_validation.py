@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from search.errors import TrialFailed
 from search.guard.candidates import Candidate
 from search.guard.selection import choose, corrected
+from search.guard.winner import select
 from search.loop import pruners
 from search.loop.attempt import Verdict
 from search.processes import jobs
@@ -26,6 +28,7 @@ from search.record.journal import Journal
 from search.scorer.judge import RowJudge
 from search.scorer.metrics import parts
 from search.scorer.scoring import Metric
+from search.shown import report
 from search.study import Study, StudyConfig
 from search.tiers import data, folds, validation
 from search.tiers.data import Dataset, OpenRows, SealedRows
@@ -188,6 +191,108 @@ def test_with_splits_of_their_own_the_rule_ships_better_models_and_the_estimate_
         flattered.append(max(one.score for one in pool) - truth[best])
     # Standard errors over 60 searches: 0.3 points of the gain, 0.4 of the gap.
     assert np.mean(gains) > 0.003 and np.mean(flattered) > 0.04 and abs(np.mean(gaps)) < 0.012
+
+
+# ── what is recorded ─────────────────────────────────────────────────────────────────────────────
+
+
+class Recorded:
+    """A study whose trials predicted noise around the truth, the less of it the higher their number."""
+
+    def __init__(self, workspace: Path, words: str, trials: int = 4) -> None:
+        rng, plan = np.random.default_rng(0), validation.parse(words)
+        x, y = rng.normal(size=(300, 2)), rng.normal(size=300)
+        self.folder = workspace / "studies" / "s"
+        self.folder.mkdir(parents=True)
+        dataset = Dataset(x, y)
+        manifest = data.prepare(dataset, workspace, 0, False)
+        found = folds.write(plan, data.labelled(dataset, 0), manifest, self.folder / "folds")
+        rows, sealed = workspace / "rows" / manifest["digest"], workspace / "sealed" / manifest["digest"]
+        judge = RowJudge(rows, sealed, "val_mse", {}, self.folder / "guard", validation=found)
+        prepared = {"manifest": manifest, "rows": str(rows), "sealed": str(sealed), "preprocess": None}
+        prepared |= {"validation": found, "objective": "val_mse", "direction": "min", "problem": {}}
+        config = StudyConfig("s", trials=trials, validation=words).to_json()
+        about = {"name": "s", "study_id": "s1", "config": config, "objective": "val_mse", "direction": "min"}
+        about |= {"data": {key: manifest[key] for key in ("digest", "fingerprint", "rows", "tiers")}}
+        self.found, self.sizes, self.verdicts = found, manifest["tiers"], []
+        opened, guard = OpenRows(rows), SealedRows(sealed).labels("guard")
+        with Journal.create(self.folder / "journal.sqlite", {"prepared": prepared, "study": about}) as journal:
+            for number in range(trials):
+                place = self.folder / "trials" / f"{number:04}"
+                noise = 1.0 - 0.2 * number
+                files: list[Any] = []
+                for at, part in enumerate(folds.parts(found, 100 + number)):
+                    split = place / f"fold_{at}" if plan.is_repeated else place
+                    split.mkdir(parents=True)
+                    truth = opened.labels_at(part.validation)[:, None]
+                    np.save(split / "validation_0.npy", truth + noise * rng.normal(size=truth.shape))
+                    files.append([str(split / "validation_0.npy")])
+                np.save(place / "guard_0.npy", guard[:, None] + noise * rng.normal(size=(len(guard), 1)))
+                (place / "model.weights.h5").touch()
+                predictions = {"validation": files if plan.is_repeated else files[0]}
+                predictions["guard"] = [str(place / "guard_0.npy")]
+                told = {"declaration": DECLARATION, "predictions": predictions, "seed": 100 + number}
+                verdict = judge.judge(told)
+                assert isinstance(verdict, Verdict)
+                began = Trial(number, TrialState.RUNNING, {"units": number}, seed=100 + number, started=1.0)
+                journal.begin(began)
+                ended = {"score": verdict.score, "loss": verdict.score, "ended": 2.0, "epochs": 1, "size": 1}
+                journal.finish(began.moved(TrialState.COMPLETE, extra={"declaration": DECLARATION}, **ended))
+                journal.guard(number, 0, verdict.guard or 0.0, verdict.evidence)
+                self.verdicts.append(verdict)
+            self.selection = select(self.folder, journal)
+            journal.put("selection", self.selection)
+            journal.put("state", "COMPLETE")
+
+    def pooled(self) -> list[float]:
+        """Each trial's score by validation and guard rows."""
+        weight, guard = self.found["weight"], self.sizes["guard"]
+        return [(weight * one.score + guard * (one.guard or 0.0)) / (weight + guard) for one in self.verdicts]
+
+
+@pytest.mark.parametrize("words", ["kfold:4", "repeated:3", "reshuffle"])
+def test_the_winner_of_a_plan_is_the_best_by_its_validation_score_and_guard_rows(tmp_path: Path, words: str) -> None:
+    done = Recorded(tmp_path, words)
+    pooled, found = done.pooled(), done.selection
+    assert found is not None
+    assert found["winner"]["trial"] == int(np.argmin(pooled)) == 3 and found["baseline"]["trial"] == 0
+    assert found["winner"]["validation"] == done.verdicts[3].score
+    assert (found["winner"]["validation_interval"] is None) == (words == "repeated:3")
+    low, high = found["corrected"]["interval"]
+    assert low < found["corrected"]["estimate"] < high and "guard rows" in found["corrected"]["method"]
+    assert found["gains"]["shipped"]["gain"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "head"),
+    [
+        ("kfold:4", "out of fold, 210 rows (optimistic)"),
+        ("repeated:3", "mean of 3 repeats,"),
+        ("reshuffle", "own split, 30 rows (optimistic)"),
+    ],
+)
+def test_a_report_calls_what_validation_alone_says_optimistic(tmp_path: Path, words: str, head: str) -> None:
+    Recorded(tmp_path, words)
+    found = report.report(Study("s", tmp_path))
+    judged = found["validation"]
+    assert (judged["plan"], judged["label"], judged["estimate"]) == (words, "optimistic", found["winner"]["validation"])
+    shown = "\n".join(report.lines(found))
+    assert head in shown and "(optimistic)" in shown and f"validation by {words}: " in shown
+    assert "is optimistic: the search chose by the rows behind it" in found["believe"]
+    assert "corrected for the choice" in found["believe"]
+    assert f", validation {words}" in report.status_line(report.status(Study("s", tmp_path)))
+
+
+def test_where_guard_rows_say_nothing_folds_alone_correct_nothing(tmp_path: Path) -> None:
+    done = Recorded(tmp_path, "kfold:4")
+    shutil.rmtree(done.folder / "guard")
+    with Journal.open(done.folder / "journal.sqlite") as journal:
+        found = select(done.folder, journal)
+        journal.put("selection", found)
+    assert found is not None and found["corrected"] is None
+    said = report.report(Study("s", tmp_path))
+    assert said["corrected"] is None and said["validation"]["label"] == "optimistic"
+    assert "there is no estimate that corrects for that" in said["believe"]
 
 
 # ── the pruner ───────────────────────────────────────────────────────────────────────────────────
