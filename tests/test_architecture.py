@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,7 +134,8 @@ def part_of(dotted: list[str]) -> str:
     return names[0] if names and names[0] in PARTS | set(RANK) else ""
 
 
-def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
+@functools.cache
+def imports(path: Path) -> tuple[tuple[str, int, bool], ...]:
     """Every dotted name that the file imports, its line, and whether importing the file imports it."""
 
     def walk(node: ast.AST, at_top: bool) -> Iterator[tuple[str, int, bool]]:
@@ -150,7 +152,7 @@ def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
                 runs_later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
                 yield from walk(child, at_top and not runs_later)
 
-    return walk(ast.parse(path.read_text(encoding="utf-8")), True)
+    return tuple(walk(ast.parse(path.read_text(encoding="utf-8")), True))
 
 
 def loaded(own: str) -> dict[str, str]:
