@@ -49,7 +49,7 @@ def _use(lineage: Mapping[str, Any]) -> Iterator[str]:
     yield "```"
     yield ""
     # Decoding is no part of the model.
-    made = "`decode(path)`, in batches" if lineage.get("decoded") else "`load()`"
+    made = "`decode(path)`" if lineage.get("decoded") else "`load()`"
     yield f"`x` are raw rows, as from {made} in `space.py`: preprocessing is inside the model. Rows of"
     yield "another kind than those that it was trained on get predictions too, which nothing here speaks for."
     yield from assets.lines(lineage.get("assets") or ())
