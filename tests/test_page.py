@@ -214,6 +214,16 @@ def test_a_tested_study_says_the_verdict_first_and_has_every_section(tmp_path: P
     assert re.search(r"In \d+ of 24 trials: where layers is 3", read.text)
 
 
+def test_folds_are_no_epochs_and_their_score_is_optimistic(tmp_path: Path) -> None:
+    plan = {"plan": "kfold:6", "rows": 150, "weight": 150, "train": [125] * 6, "validation": [25] * 6, "ordered": False}
+    trials = [dataclasses.replace(trial, best_epoch=trial.epochs) for trial in some()]
+    puts = opened(0) | {"prepared": {"validation": plan}}
+    text = checked(page.page(write(tmp_path, trials, puts=puts))).text
+    assert "Validation, kfold:6" in text and "Out of fold, 150 rows" in text and "so it is optimistic" in text
+    assert "Scores fold by fold" in text and "6 folds" in text and "Learning curves" not in text
+    assert "Train for longer" not in text  # a refit has as many epochs as its folds chose
+
+
 def test_without_a_test_step_it_says_so(tmp_path: Path) -> None:
     read = checked(page.page(write(tmp_path, some())))
     assert "Not tested yet; the best validation score" in read.text and "sealed" in read.text

@@ -241,9 +241,18 @@ def _corners(steps: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def curves(
-    trials: Sequence[Trial], reports: Iterable[Report], found: Found, numbers: Numbers, winner: int | None
+    trials: Sequence[Trial],
+    reports: Iterable[Report],
+    found: Found,
+    numbers: Numbers,
+    winner: int | None,
+    step: str = "epoch",
 ) -> str:
-    """What Keras reported of the objective epoch by epoch: the winner, the next best, the baseline, and the pruned."""
+    """What Keras reported of the objective step by step: the winner, the next best, the baseline, and the pruned.
+
+    Args:
+        step: What is reported after, "epoch", "fold" or "repeat".
+    """
     series: dict[int, dict[int, float]] = {}
     known = {trial.number: trial for trial in trials}
     for report in reports:
@@ -257,22 +266,22 @@ def curves(
     height = 220.0
     # Pruned ones begin low: the scale is that of those which were not.
     kept = [number for kind, number in shown if kind != "cut"] or [number for _, number in shown]
-    values = [value for number in kept for step, value in series[number].items() if step > 1 or len(series[number]) < 3]
+    values = [value for number in kept for at, value in series[number].items() if at > 1 or len(series[number]) < 3]
     y = score_scale(values, found["direction"], height - _BOTTOM, 10, numbers.share and _is_share(values))
     left = svg.left_of([numbers.tick(tick) for tick in y.ticks()])
     most = max(max(series[number]) for _, number in shown)
     x = svg.Scale(1, max(most, 2), left, svg.WIDTH - 8.0)
-    out = [svg.grid(y, x.start, x.end, numbers.tick), svg.lower(x, y.start, _whole, "epoch")]
+    out = [svg.grid(y, x.start, x.end, numbers.tick), svg.lower(x, y.start, _whole, step)]
     for kind, number in shown:
         points = sorted(series[number].items())
         trial = known[number]
-        said = f"trial {number}, {len(points)} epochs" + ("" if trial.score is None else f": {numbers(trial.score)}")
-        places = [(x.at(step), y.at(value)) for step, value in points]
+        said = f"trial {number}, {len(points)} {step}s" + ("" if trial.score is None else f": {numbers(trial.score)}")
+        places = [(x.at(number), y.at(value)) for number, value in points]
         if len(places) > 1:
             out.append(svg.path(places, f"curve {kind}", said))
         if kind == "cut" or len(places) == 1:
             out.append(svg.mark(kind, *places[-1], said))
-        elif trial.best_epoch in series[number]:
+        elif step == "epoch" and trial.best_epoch in series[number]:
             out.append(svg.mark(kind, x.at(trial.best_epoch), y.at(series[number][trial.best_epoch]), f"kept: {said}"))
     count = sum(kind == "cut" for kind, _ in shown)
     label = f"Learning curves of the best {sum(kind in ('win', 'ok') for kind, _ in shown)} trials"

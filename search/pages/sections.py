@@ -14,6 +14,7 @@ from search.pages.markup import MARKS, coded, figure, legend
 from search.pages.page_record import Read, span
 from search.pages.suggestions import suggestions
 from search.pages.svg import cut, safe
+from search.tiers.validation import named, parse
 from search.trial import Trial, TrialState, searched
 
 _MOST_ROWS = 300  # of the table of trials
@@ -41,16 +42,13 @@ def three(read: Read) -> str:
     def rows(tier: str) -> str:
         return f"{tiers[tier]} {tier} rows" if tier in tiers else f"{tier} rows"
 
-    cards = [
-        _card(
-            "Validation",
-            numbers(role["validation"]),
-            role.get("validation_interval"),
-            0.95,
-            f"On {rows('validation')}, by which the search chose, so it flatters. The interval is of chance alone.",
-            read,
-        )
-    ]
+    plan, chance = found.get("validation"), "The interval is of chance alone."
+    if plan is None:
+        name, seen = "Validation", f"On {rows('validation')}, by which the search chose, so it flatters. {chance}"
+    else:
+        name = f"Validation, {plan['plan']}"
+        seen = f"{named(plan).capitalize()}, by which the search chose, so it is optimistic. {chance}"
+    cards = [_card(name, numbers(role["validation"]), role.get("validation_interval"), 0.95, seen, read)]
     if corrected is None:
         cards.append(_card("Guard, corrected", "not yet", None, None, "Estimated once the search has ended.", read))
     else:
@@ -181,7 +179,9 @@ def search(read: Read) -> str:
     winner = None if read.chosen is None else int(read.chosen["trial"])
     is_other = read.found["winner"] is not None and read.winner != read.found["best"]["trial"]
     aside = " The winner was chosen by guard rows as well, and is another one." if is_other else ""
-    curves = panels.curves(read.trials, read.reports, read.found, read.numbers, winner)
+    step = _step(read)
+    kept = " A mark is the epoch whose weights were kept." if step == "epoch" else ""
+    curves = panels.curves(read.trials, read.reports, read.found, read.numbers, winner, step)
     figures = [
         figure(
             "Best so far, over trials",
@@ -191,15 +191,21 @@ def search(read: Read) -> str:
         ),
         figure("Best so far, over time", by_time, f"The same, when each trial ended.{left_out}"),
         figure(
-            "Learning curves",
+            "Learning curves" if step == "epoch" else f"Scores {step} by {step}",
             curves,
-            f"{read.found['objective']} as Keras reported it, epoch by epoch; a mark is the epoch whose weights were "
-            "kept. Pruned trials end in a ring where they were stopped.",
+            f"{read.found['objective']} as Keras reported it, {step} by {step}.{kept} Pruned trials end in a ring "
+            "where they were stopped.",
             legend("win line", "ok line", "base line", "cut line"),
         ),
     ]
     shown = "".join(figure for figure in figures if figure)
     return f'<div class="grid">{shown}</div>' if shown else "<p>No trial has completed yet.</p>"
+
+
+def _step(read: Read) -> str:
+    """What trials report after: an epoch, a fold or a repeat."""
+    plan = read.found.get("validation")
+    return "epoch" if plan is None else parse(plan["plan"]).step
 
 
 def parameters(read: Read) -> str:
@@ -279,7 +285,8 @@ def suggested(read: Read) -> str:
     if read.chosen is None and not read.found["failures"]:
         return ""
     epochs = None if read.config is None else read.config.epochs
-    found = suggestions(read.trials, read.space, read.importances, str(read.found["study"]), epochs)
+    of = (read.trials, read.space, read.importances, str(read.found["study"]))
+    found = suggestions(*of, epochs, by_epoch=_step(read) == "epoch")
     if not found:
         return (
             "<p>Nothing stands out: the best values lie inside their ranges, and the best trials had stopped improving "

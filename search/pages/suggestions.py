@@ -25,19 +25,25 @@ class Suggestion:
 
 
 def suggestions(
-    trials: Sequence[Trial], space: Space, importances: Importances, study: str, epochs: int | None = None
+    trials: Sequence[Trial],
+    space: Space,
+    importances: Importances,
+    study: str,
+    epochs: int | None = None,
+    by_epoch: bool = True,
 ) -> list[Suggestion]:
     """What to search next, the most telling first; may be nothing.
 
     Args:
         epochs: The most epochs that a trial may have, where that is known; else what the longest trial had.
+        by_epoch: Trials choose among epochs; a refit after folds has as many as these chose, and so ends at its best.
     """
     found = searched(trials)
     best = ranked(found)[:_BEST]
     out: list[Suggestion | None] = []
     if len(best) >= 3:
         out += [_at_bound(parameter, best) for parameter in space.parameters.values()]
-        out.append(_still_improving(best, epochs or max(t.epochs for t in found)))
+        out.append(_still_improving(best, epochs or max(t.epochs for t in found)) if by_epoch else None)
         out.append(_more_trials(found, study))
         out.append(_without_effect(importances, space))
     out.append(_failing(found, study))
