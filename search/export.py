@@ -314,9 +314,9 @@ def _against_baseline(journal: Journal, trial: Trial, model: dict[str, Any]) -> 
     evaluation = journal.get("evaluation") or {}
     if model.get("tested") is None or evaluation["winner"]["trial"] != trial.number:
         return None
-    baseline = evaluation["baseline"]
+    baseline = evaluation.get("baseline")
     score = None if baseline is None else baseline["score"]
-    return {"score": score, "gain": evaluation["difference"], "verdicts": evaluation["verdicts"]}
+    return {"score": score, "gain": evaluation.get("difference"), "verdicts": evaluation.get("verdicts", [])}
 
 
 def _inputs(spec: Mapping[str, Any]) -> list[list[Any]]:

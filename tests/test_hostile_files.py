@@ -16,6 +16,7 @@ import pytest
 from search.definition.problem import find
 from search.errors import SpaceError
 from search.harness import preflight, worker
+from search.scorer.declaration import declare
 from search.scorer.judge import RowJudge
 from search.tiers.data import load_structure
 from tests.test_training import Running
@@ -58,7 +59,7 @@ def test_predictions_that_are_none(tmp_path: Path, mark: Path, kind: str) -> Non
         if kind != "objects":
             Path(paths[0]).write_bytes(pickle.dumps(Bomb(mark)) if kind == "pickle" else os.urandom(500))
     with pytest.raises(ValueError, match="pickle|Object arrays"):
-        judge.judge({"predictions": files, "declaration": worker._Trial.described(running)["declaration"]})  # type: ignore[arg-type]
+        judge.judge({"predictions": files, "declaration": declare(running.model)})
     assert not mark.exists()
 
 
@@ -87,6 +88,7 @@ def test_a_model_file_with_code_in_it(tmp_path: Path, mark: Path, kind: str) -> 
     elif kind == "pickle":
         path.write_bytes(pickle.dumps(Bomb(mark)))
     common = {"problem": running.module.problem.to_json(), "rows": str(running.rows.path), "seed": 0}
+    common["budget"] = 1 << 30
     predicting = {"custom": [], "features": None, "tier": "validation", "folder": str(tmp_path)}
     predicting |= {"models": {"m": str(path)}}
     converting = {"custom": [], "path": str(path), "format": "saved_model", "out": str(tmp_path / "out")}
@@ -131,6 +133,7 @@ def test_a_lambda_in_preprocess_is_refused_too(tmp_path: Path) -> None:
     rest = f"def preprocess(train):\n    return keras.Sequential([keras.Input((4,)), {LAMBDA}])"
     problem = find(write_space(tmp_path, "before", rest=rest))
     asked = {"problem": problem.to_json(), "workspace": str(tmp_path / "ws"), "folder": str(tmp_path), "split_seed": 0}
+    asked["budget"] = 1 << 30
     with pytest.raises(SpaceError, match="before.py: the layer 'doubling' is a Lambda around Python code"):
         worker.load(asked, lambda body: None)
 

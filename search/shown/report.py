@@ -356,7 +356,8 @@ def show(study: Study, number: int) -> dict[str, Any]:
     if trial is None:
         raise StudyError(f"study {study.name!r} has no trial {number}; it has {len(study.trials)}, from 0")
     with study.journal() as journal:
-        reports, step = journal.reports(trial=number), parse(config_of(journal).validation).step
+        reports, is_planned = journal.reports(trial=number), journal.get("study") is not None
+        step = parse(config_of(journal).validation).step if is_planned else "epoch"
     log = places.trial(study.folder, number) / places.LOG
     return trial.to_json() | {
         "reports": [{"attempt": r.attempt, "step": r.step, "metrics": dict(r.metrics)} for r in reports],
