@@ -22,6 +22,7 @@ from search.errors import DataError
 Decode = Callable[[str], Any]
 
 _STAMPS = "stamps.npy"
+_CONTENTS = "contents.npy"
 _READ_BYTES = 1 << 20
 
 
@@ -53,7 +54,7 @@ class Files:
         paths: One per row.
         decode: The module's ``decode(path)``; None where labels alone are of interest.
         shape, dtype: Of all rows decoded; of no meaning before ``checked``.
-        contents: BLAKE2b of each file, uint8 of shape (rows, 16); None of stored ones.
+        contents: BLAKE2b of each file, uint8 of shape (rows, 16); None of stored ones that were put together anew.
         decoded: A hash of each decoded row, uint64; None of stored ones.
         finite: Whether no decoded value is NaN or infinite.
         stamps: Size and time of change of each stored file, int64 of shape (rows, 2).
@@ -91,7 +92,7 @@ class Files:
         out = np.empty((len(numbers), *self.shape[1:]), dtype=self.dtype)
         for at, number in enumerate(numbers.tolist()):
             path = self.paths[number]
-            if self.stamps is not None and _stamp(path) != tuple(self.stamps[number].tolist()):
+            if not self._is_as_stored(number, path):
                 raise DataError(f"a file of the rows must stay as it was stored, but {path} was changed; launch again")
             value = np.asarray(self.decode(path))
             if value.shape != self.shape[1:] or value.dtype != self.dtype:
@@ -101,6 +102,17 @@ class Files:
                 )
             out[at] = value
         return out
+
+    def _is_as_stored(self, number: int, path: str) -> bool:
+        """By its size and time of change, or, if it was written again meanwhile, as by ``load()``, by what is in it."""
+        if self.stamps is None or _stamp(path) == tuple(self.stamps[number].tolist()):
+            return True
+        if self.contents is None:
+            return False
+        try:
+            return bool(digest(path).digest() == self.contents[number].tobytes())
+        except OSError:
+            return False
 
     # ── as the user gave them ────────────────────────────────────────────────────────────────────
 
@@ -224,13 +236,18 @@ class Files:
             stamps[at] = _stamp(to)
         with open(folder / _STAMPS, "wb") as file:
             np.save(file, stamps, allow_pickle=False)
+        if self.contents is not None:
+            with open(folder / _CONTENTS, "wb") as file:
+                np.save(file, self.contents[rows], allow_pickle=False)
 
     @classmethod
     def stored(cls, folder: Path, spec: dict[str, Any], decode: Decode | None) -> Files:
         """Files as ``place`` left them; ``spec``: see ``spec``."""
         stamps = np.load(folder / _STAMPS, mmap_mode="r", allow_pickle=False)
         paths = Numbered(folder, len(stamps), spec["suffix"])
-        return cls(paths, decode, (len(stamps), *spec["shape"]), np.dtype(spec["dtype"]), stamps=stamps)
+        shape, known = (len(stamps), *spec["shape"]), folder / _CONTENTS
+        contents = np.load(known, mmap_mode="r", allow_pickle=False) if known.exists() else None
+        return cls(paths, decode, shape, np.dtype(spec["dtype"]), contents=contents, stamps=stamps)
 
     def spec(self) -> dict[str, Any]:
         """What is to be known of stored files, JSON: ``suffix`` of their names; ``shape`` and ``dtype`` of a row."""
