@@ -127,7 +127,7 @@ def test_images_are_augmented_in_training_only() -> None:
     kinds = {type(layer).__name__ for layer in model.layers}
     assert {"RandomFlip", "RandomTranslation", "RandomRotation", "RandomZoom"} <= kinds
     last = [layer for layer in model.layers if layer.name.startswith("random_")][-1]
-    images = keras.Model(model.inputs, last.output)
+    images = keras.Model(model.inputs[0], last.output)
     x = shipped("digits_blocks").load().x[:8]
     np.testing.assert_allclose(np.asarray(images(x, training=False)), x / 16, rtol=1e-6)
     one, other = (np.asarray(images(x, training=True)) for _ in range(2))
@@ -140,7 +140,7 @@ def test_selu_keeps_the_spread_of_ten_layers_which_sigmoid_loses() -> None:
     def spread(**params: Any) -> float:
         """Between rows, of the last hidden layer's outputs before any training."""
         model = built("digits_deep", **params)
-        hidden = keras.Model(model.inputs, model.layers[-2].output)
+        hidden = keras.Model(model.inputs[0], model.layers[-2].output)
         return float(np.asarray(hidden(x)).std(axis=0).mean())
 
     assert 0.5 < spread(activation="selu") < 1.5
