@@ -240,12 +240,18 @@ def _sums(rows: Rows, position: Array) -> Floats | None:
 def _spreads(flat: Array) -> tuple[Floats, Floats]:
     """Mean and standard deviation of columns over a sample of rows, without NaN and infinities."""
     rows = min(len(flat), _SPREAD_ROWS, max(100, _SPREAD_VALUES // flat.shape[1]))
-    sample = flat[np.linspace(0, len(flat) - 1, rows).astype(np.int64)].astype(np.float64)
-    finite = np.isfinite(sample)
-    count = np.maximum(finite.sum(axis=0), 1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        mean = np.where(finite, sample, 0.0).sum(axis=0) / count
-        return mean, np.sqrt((np.where(finite, sample - mean, 0.0) ** 2).sum(axis=0) / count)
+    at, width = np.linspace(0, len(flat) - 1, rows).astype(np.int64), flat.shape[1]
+    mean, spread = np.empty(width), np.empty(width)
+    step = max(1, _PART_BYTES // (8 * rows))
+    for start in range(0, width, step):
+        part = slice(start, start + step)
+        sample = flat[at, part].astype(np.float64)
+        finite = np.isfinite(sample)
+        count = np.maximum(finite.sum(axis=0), 1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean[part] = np.where(finite, sample, 0.0).sum(axis=0) / count
+            spread[part] = np.sqrt((np.where(finite, sample - mean[part], 0.0) ** 2).sum(axis=0) / count)
+    return mean, spread
 
 
 def _cells(sums: Floats, step: float, rest: Hashes, shift: float = 0.0) -> Hashes:

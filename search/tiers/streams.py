@@ -51,10 +51,12 @@ class Spool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for file in self._files:
-            file.close()
-        if self._folder != self._parent:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            for file in self._files:
+                file.close()  # which writes what is left, and so may fail as any other write
+        finally:
+            if self._folder != self._parent:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def taken(self, dataset: Dataset, tier: str) -> Dataset:
         """The Dataset with mapped arrays in place of what its function gives; as it is if it has none.
