@@ -345,6 +345,7 @@ def test_nothing_a_trial_is_handed_leads_to_a_sealed_label(tmp_path: Path, heldo
         assert str(tmp_path / "ws" / "sealed") not in log and Path(sealed).parent.name + "/" not in log
 
 
+@pytest.mark.slow
 def test_spawned_trials_score_as_forked_ones(tmp_path: Path, heldout: Heldout) -> None:
     space = write_space(tmp_path)
     seen = []

@@ -320,6 +320,7 @@ class Done:
         return run_heldout(*arguments, "--workspace", str(self.workspace), HELDOUT_LEDGER=str(self.ledger))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_launch_ensemble_and_a_bare_process_that_loads_it(tmp_path: Path) -> None:
     done = Done(tmp_path / "ws", tmp_path / "ledger.jsonl", Study.at(tmp_path / "ws" / "studies" / "s"))

@@ -171,6 +171,7 @@ def test_the_share_of_a_slot_shrinks_with_slots_beyond_cores(monkeypatch: pytest
         jobs.budget()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in kilobytes")
 def test_a_trial_of_large_rows_stays_within_bounds(tmp_path: Path) -> None:
     """A process trains and predicts on 300 MB of decoded files, and TensorFlow's graphs are most of what it grows by.

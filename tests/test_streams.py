@@ -180,6 +180,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.name not in ("rows", "sealed")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_bounded_by_a_batch(tmp_path):
     """480 MB pass through a process that never holds a fifth of them; mapped pages, which are the kernel's, aside."""
