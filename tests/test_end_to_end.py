@@ -198,8 +198,12 @@ def test_the_registered_champion_loads_by_its_alias(digits: Done, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_registered_model_answers_the_same_over_http(digits: Done, tmp_path: Path, heldout: Heldout) -> None:
+def test_the_registered_model_answers_the_same_over_http(
+    digits: Done, tmp_path: Path, heldout: Heldout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.tracked import free_port  # and with it MLflow
+
+    monkeypatch.setattr(serving, "_READY_SECONDS", 500.0)  # it imports TensorFlow, on a busy machine
 
     out = tmp_path / "best"
     ran = heldout("export", "s", "--workspace", str(digits.workspace), "--out", str(out), "--register", "served")
