@@ -14,9 +14,10 @@ from rich.console import Console
 
 from search.cli import main
 from search.errors import RequestError
-from search.record.trial_table import dataframe, shown, write_parquet
+from search.record.journal import Journal
+from search.record.trial_table import dataframe, epochs, shown, write_parquet
 from search.study import Study
-from search.trial import Trial, TrialState
+from search.trial import Report, Trial, TrialState
 from tests.test_warm_start import earlier
 
 DONE: dict[str, Any] = {"score": 0.5, "loss": -0.5, "epochs": 3, "best_epoch": 2, "size": 9}
@@ -101,3 +102,22 @@ def test_no_score_on_guard_rows_is_in_it(workspace: Path) -> None:
 def test_wrong_input_is_one_line(workspace: Path, arguments: tuple[str, ...], why: str) -> None:
     ran = run(workspace, *arguments)
     assert ran.exit_code == 2 and why in ran.output and ran.output.count("\n") == 1
+
+
+def test_the_epochs_of_a_trial_are_a_row_each_and_whole(tmp_path: Path) -> None:
+    study = earlier(tmp_path, config={"space": "cells.py"})
+    metrics = {"loss": 0.123456789012345, "learning_rate": 0.1}
+    with Journal.open(study.folder / "journal.sqlite") as journal:
+        before = len(journal.reports(trial=0))
+        journal.report([Report(0, 0, step, 5.0, metrics) for step in (91, 92)])
+
+    def show(*arguments: str) -> Result:
+        return CliRunner().invoke(main, ["show", "old", "0", *arguments, "--workspace", str(tmp_path)])
+
+    frame = pandas.read_csv(io.StringIO(show("--csv").stdout))
+    assert len(frame) == before + 2 and list(frame)[:2] == ["attempt", "epoch"]
+    wanted = [{"attempt": 0, "epoch": step, **metrics} for step in (91, 92)]
+    assert frame.tail(2)[list(wanted[0])].to_dict("records") == wanted
+    assert list(epochs([])) == ["attempt", "epoch"]
+    ran = show("--csv", "--json")
+    assert ran.exit_code == 2 and "give --csv or --json" in ran.stderr
