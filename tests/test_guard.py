@@ -174,7 +174,12 @@ def test_guard_rows_speak_for_no_other_model(noisy: Done, heldout: Heldout, tmp_
     other = next(t.number for t in noisy.study.trials if t.number not in chosen)
     options = ("--trial", str(other), "--workspace", str(noisy.workspace), "--json")
     lineage = json.loads(heldout("export", "s", "--out", str(tmp_path / "m"), *options).stdout)
-    assert set(lineage["scores"]) == {"validation"} and "guard" not in (tmp_path / "m" / "MODEL_CARD.md").read_text()
+    card = (tmp_path / "m" / "MODEL_CARD.md").read_text()
+    assert set(lineage["scores"]) == {"validation"}
+    # The card names every tier's number of rows; what it must not do is to score this model on guard rows.
+    scored = [line for line in card.splitlines() if line.startswith("| validation ")]
+    assert scored and not any(line.startswith("| guard ") for line in card.splitlines())
+    assert "guard score" not in card and "corrected" not in card
 
 
 def sequence(trials: tuple[Trial, ...]) -> list[Any]:
