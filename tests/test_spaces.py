@@ -187,11 +187,8 @@ def test_learning_rates_follow_their_schedules() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
-def test_a_step_of_training_with_every_choice(name: str) -> None:
+def test_a_step_of_training_with_every_choice(space: ModuleType, rows: Dataset) -> None:
     """One value changed at a time: every choice and flag, and places from end to end of every range."""
-    space = shipped(name)
-    rows = space.load()
     x, y = features(space, rows), first(rows.y)
     failed = []
 
