@@ -189,7 +189,11 @@ def small(model: keras.Model, rows: int) -> Cause | None:
 
 
 def offset(labels: Sequence[Array], kinds: Sequence[str | None]) -> Cause | None:
-    """A target whose mean is far from 0, or whose scale is far from 1, where a fresh model's outputs are."""
+    """A target whose mean is far from 0, or whose scale is far from 1, where a fresh model's outputs are.
+
+    Args:
+        labels: Per output an array (rows, ...); kinds: its loss, None where that is the module's own.
+    """
     for y, kind in zip(labels, kinds, strict=True):
         if kind is None or "crossentropy" in kind or "hinge" in kind:
             continue

@@ -50,7 +50,11 @@ class Weighted(OpenRows):
 
 
 def joined(rows: OpenRows, tier: str, preprocess: keras.Model | None, index: np.ndarray | None = None) -> Any:
-    """Features of a tier in memory, preprocessed, in the structure that ``load()`` gave."""
+    """Features of a tier in memory, preprocessed, in the structure that ``load()`` gave: arrays (rows, ...).
+
+    Args:
+        index: Places (n,) within the tier of the rows wanted, counted from 0; None for all of them.
+    """
     features = rows.features(tier, index)
     if preprocess is None:
         return features

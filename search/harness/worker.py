@@ -231,7 +231,11 @@ def _telling(
 def predictions(
     model: Any, rows: Any, preprocess: Any, tiers: tuple[str, ...], folder: Path, budget: int
 ) -> dict[str, list[str]]:
-    """Predict tiers with one model and write one ``.npy`` per tier and output; the paths by tier."""
+    """Predict tiers with one model and write one ``.npy`` (rows, ...) per tier and output; the paths by tier.
+
+    Args:
+        budget: Bytes of rows that may be in memory at a time; a larger tier is predicted part by part.
+    """
     from search.harness import feeding, predicting
 
     paths = {}

@@ -341,7 +341,7 @@ def disagreement_line(found: Mapping[str, Any]) -> str | None:
 
 
 def in_order(structure: Any, names: Sequence[str]) -> list[Array]:
-    """One array per output: a dict by the outputs' names, a list or tuple as it comes, an array as one.
+    """One array (rows, ...) per output: a dict by the outputs' names, a list or tuple as it comes, an array as one.
 
     Raises:
         TrialFailed: ``invalid`` if a dict lacks an output.

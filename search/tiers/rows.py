@@ -201,7 +201,7 @@ def _stacked(leaves: list[Any]) -> Any:
 
 
 def all_finite(leaf: Array | Files) -> bool:
-    """Whether no value is NaN or infinite."""
+    """Whether no value is NaN or infinite, in an array of any shape or in what all files hold."""
     if isinstance(leaf, Files):
         return leaf.finite
     if leaf.dtype.kind != "f":

@@ -294,7 +294,11 @@ class OpenRows(_Stored):
         return self._structure("y").packed([np.asarray(leaf[places]) for leaf in self._y])
 
     def weights(self, rows: Array | None = None, tier: str = "train") -> Array | None:
-        """Sample weights, float32, or None if the Dataset has none."""
+        """Sample weights (n,), float32, or None if the Dataset has none.
+
+        Args:
+            rows: Places (n,) within the tier, counted from 0; None for all of them.
+        """
         self._check_open(tier)
         at = self._at(tier, rows)
         return self._map("weight")[at] if (self.path / "weight.npy").exists() else None
