@@ -87,6 +87,7 @@ def test_a_space_that_breaks_the_contract_is_refused_in_one_line(
     refused(heldout("launch", space, *CHEAP, "--workspace", str(tmp_path / "ws")), tmp_path / "ws", *said)
 
 
+@pytest.mark.study
 def test_a_taken_name_points_to_resume(tmp_path: Path, heldout: Heldout) -> None:
     space, where = write_space(tmp_path), ("--workspace", str(tmp_path / "ws"), "--study", "mine")
     assert heldout("launch", space, *CHEAP, *where).returncode == 0
@@ -118,6 +119,7 @@ def test_an_unknown_study_is_refused(tmp_path: Path, heldout: Heldout, command: 
     assert ran.returncode == 2 and "there is no study called 'nowhere'" in ran.stderr
 
 
+@pytest.mark.study
 def test_a_study_whose_trials_all_fail_exits_with_1_and_says_why(tmp_path: Path, heldout: Heldout) -> None:
     rest = "def callbacks(hp):\n    raise OSError('no licence for the solver')"
     ran = heldout("launch", write_space(tmp_path, rest=rest), "--trials", "30", "--workspace", str(tmp_path / "ws"))

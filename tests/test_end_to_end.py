@@ -115,6 +115,7 @@ def test_mlflow_has_the_study_nested_with_native_params_and_epochs(digits: Done)
     assert [a.path for a in client.list_artifacts(tracking["run_id"], "space")] == ["space/digits_mlp.py"]
 
 
+@pytest.mark.study
 def test_the_exported_model_gets_the_reported_test_accuracy_in_a_bare_process(
     digits: Done, tmp_path: Path, heldout: Heldout
 ) -> None:
@@ -151,6 +152,7 @@ def test_the_architecture_and_the_size_of_models_are_in_mlflow(digits: Done) -> 
         assert (found["weights"], found["flops"]) == (trial.size, trial.extra["flops"]) and found["flops"] > 0
 
 
+@pytest.mark.study
 def test_a_regression_with_preprocessing_exports_to_the_reported_loss(
     diabetes: Done, tmp_path: Path, heldout: Heldout
 ) -> None:
@@ -162,6 +164,7 @@ def test_a_regression_with_preprocessing_exports_to_the_reported_loss(
     assert mse == pytest.approx(diabetes.report["test"]["winner"], rel=1e-6)
 
 
+@pytest.mark.study
 def test_another_trial_exports_without_a_test_score(digits: Done, tmp_path: Path) -> None:
     tested = {digits.report["best"]["trial"], 0}
     number = next(t.number for t in digits.study.trials if t.number not in tested)
@@ -178,6 +181,7 @@ def test_export_refuses_a_folder_with_files_in_it(digits: Done, tmp_path: Path, 
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.study
 def test_the_registered_champion_loads_by_its_alias(digits: Done, tmp_path: Path, heldout: Heldout) -> None:
     out = tmp_path / "best"
     arguments = ("export", "s", "--workspace", str(digits.workspace), "--out", str(out), "--register", "digits")
@@ -223,6 +227,7 @@ def test_the_registered_model_answers_the_same_over_http(
     assert got.shape == expected.shape and np.abs(got - expected).max() < 1e-5  # in batches of another size
 
 
+@pytest.mark.study
 def test_rows_opened_before_stay_sealed_and_evaluate_counts(digits: Done, heldout: Heldout) -> None:
     where = ("--workspace", str(digits.workspace))
     options = ("--trials", "2", "--epochs", "1", "--seed", "8", "--study", "again")
@@ -240,6 +245,7 @@ def test_rows_opened_before_stay_sealed_and_evaluate_counts(digits: Done, heldou
     assert json.loads(replayed.stdout)["test"] == second["test"]
 
 
+@pytest.mark.study
 def test_show_prints_what_a_trial_printed_and_its_epochs(tmp_path: Path, heldout: Heldout) -> None:
     rest = "def callbacks(hp):\n    print('hello from the trial')\n    return []"
     space = write_space(tmp_path, "printing", rest=rest)
@@ -251,6 +257,7 @@ def test_show_prints_what_a_trial_printed_and_its_epochs(tmp_path: Path, heldout
     assert status.returncode == 0 and "p: complete, 2 of 2 trials" in status.stdout
 
 
+@pytest.mark.study
 def test_one_slot_and_one_seed_give_the_same_trials_and_scores(tmp_path: Path, heldout: Heldout) -> None:
     space = write_space(tmp_path)
     seen = []
@@ -263,6 +270,7 @@ def test_one_slot_and_one_seed_give_the_same_trials_and_scores(tmp_path: Path, h
     assert len({str(params) for params, _ in seen[0]}) == 5
 
 
+@pytest.mark.study
 def test_another_seed_moves_no_row_and_shares_the_stored_copy(tmp_path: Path, heldout: Heldout) -> None:
     space = write_space(tmp_path)
     where = ("--workspace", str(tmp_path / "ws"), "--trials", "1", "--evaluate", "no")
@@ -273,6 +281,7 @@ def test_another_seed_moves_no_row_and_shares_the_stored_copy(tmp_path: Path, he
     assert len(list((tmp_path / "ws" / "rows").iterdir())) == 1
 
 
+@pytest.mark.study
 def test_a_custom_metric_is_scored_by_its_keras_object_in_its_own_process(tmp_path: Path, heldout: Heldout) -> None:
     build = (
         "def agreement(y_true, y_pred):\n"
@@ -293,6 +302,7 @@ def test_a_custom_metric_is_scored_by_its_keras_object_in_its_own_process(tmp_pa
     assert 0 <= report["test"]["winner"] <= 1 and report["test"]["interval"] is None
 
 
+@pytest.mark.study
 def test_try_runs_one_trial_and_leaves_nothing(tmp_path: Path, heldout: Heldout) -> None:
     space = write_space(tmp_path)
     workspace = tmp_path / "ws"
@@ -305,6 +315,7 @@ def test_try_runs_one_trial_and_leaves_nothing(tmp_path: Path, heldout: Heldout)
     assert wrong.returncode == 2 and "rate must be" in wrong.stderr
 
 
+@pytest.mark.study
 def test_check_says_what_would_be_searched_and_starts_nothing(tmp_path: Path, heldout: Heldout) -> None:
     space = write_space(tmp_path)
     ran = heldout("check", space, "--trials", "10", "--workspace", str(tmp_path / "ws"))
@@ -335,6 +346,7 @@ def callbacks(hp):
 """
 
 
+@pytest.mark.study
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc, which Linux has")
 def test_nothing_a_trial_is_handed_leads_to_a_sealed_label(tmp_path: Path, heldout: Heldout) -> None:
     space = write_space(tmp_path, "prying", rest=PRYING)
@@ -361,6 +373,7 @@ def test_spawned_trials_score_as_forked_ones(tmp_path: Path, heldout: Heldout) -
     assert seen[0] == seen[1]
 
 
+@pytest.mark.study
 def test_a_parameter_that_only_fit_asks_for_is_searched_tested_and_exported(tmp_path: Path, heldout: Heldout) -> None:
     # A HyperModel as KerasTuner's guides write it: the batch size in fit, no Input, labels of shape (rows, 1).
     build = (
@@ -390,12 +403,14 @@ def test_a_parameter_that_only_fit_asks_for_is_searched_tested_and_exported(tmp_
     assert json.loads(out.stdout)["scores"]["test"]["score"] == report["test"]["winner"]
 
 
+@pytest.mark.study
 def test_try_runs_a_space_with_preprocessing(heldout: Heldout) -> None:
     ran = heldout("try", "breast_cancer", "--epochs", "1", "--json")
     assert ran.returncode == 0, ran.stderr
     assert 0 < json.loads(ran.stdout)["score"] <= 1
 
 
+@pytest.mark.study
 def test_a_study_whose_driver_was_killed_goes_on_to_what_it_would_have_been(tmp_path: Path, heldout: Heldout) -> None:
     space = write_space(tmp_path)
     where = ("--workspace", str(tmp_path / "ws"))

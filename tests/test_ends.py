@@ -279,6 +279,7 @@ def test_what_was_queued_and_never_ran_is_no_trial_of_the_search(journal: Journa
 # ── a study ──────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.study
 @pytest.mark.timeout(300)
 def test_a_study_that_reached_its_target_says_so_and_goes_on_with_a_larger_one_alone(
     tmp_path: Path, heldout: Heldout

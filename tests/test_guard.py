@@ -34,6 +34,8 @@ def build(hp):
     model.compile(keras.optimizers.Adam(rate), "binary_crossentropy", metrics=["accuracy"])
     return model
 """
+pytestmark = pytest.mark.study
+
 PLAN = ("--trials", "5", "--confirm", "2", "--confirm-seeds", "2", "--seed", "3")
 
 

@@ -277,6 +277,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Done:
     return Done(json.loads(ran.stdout), workspace, ledger, Study("s", workspace))
 
 
+@pytest.mark.study
 def test_a_study_with_keep_2_is_chosen_tested_and_exported_from_what_it_kept(
     few: Done, tmp_path: Path, heldout: Heldout
 ) -> None:
@@ -296,6 +297,7 @@ def test_a_study_with_keep_2_is_chosen_tested_and_exported_from_what_it_kept(
     assert again.returncode == 0 and json.loads(again.stdout)["test"] == few.report["test"]
 
 
+@pytest.mark.study
 def test_a_model_that_was_not_kept_is_said_and_refused_in_one_line(few: Done, tmp_path: Path, heldout: Heldout) -> None:
     where = ("--workspace", str(few.workspace))
     number = next(t.number for t in few.study.trials if t.number not in keeping.kept(few.study.trials, 2))

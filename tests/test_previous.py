@@ -43,6 +43,7 @@ def test_status_report_show_and_ledger_read_it(previous: Previous) -> None:
     assert json.dumps(found).count("complete") and len(Ledger(previous.ledger).entries()) == 3
 
 
+@pytest.mark.study
 def test_its_winner_and_any_trial_of_it_export(previous: Previous, tmp_path: Path) -> None:
     lineage = told(previous, "export", "complete", "--out", str(tmp_path / "winner"))
     assert lineage["scores"]["test"]["score"] == pytest.approx(0.95) and lineage["trial"] == 3

@@ -442,6 +442,7 @@ def launched(heldout: Heldout, folder: Path, **parts: str) -> Study:
     return found
 
 
+@pytest.mark.study
 @pytest.mark.timeout(300)
 def test_pruned_trials_of_a_real_study_leave_nothing_but_their_record(tmp_path: Path, heldout: Heldout) -> None:
     found = launched(heldout, tmp_path)
@@ -470,12 +471,14 @@ def test_pruned_trials_of_a_real_study_leave_nothing_but_their_record(tmp_path: 
     assert sorted(rows) == sorted((str(t.number), "FINISHED") for t in weak)
 
 
+@pytest.mark.study
 @pytest.mark.timeout(300)
 def test_a_fit_of_the_modules_own_is_stopped_even_if_it_catches_what_it_can(tmp_path: Path, heldout: Heldout) -> None:
     found = launched(heldout, tmp_path, rest=OWN)
     assert any(t.state is TrialState.PRUNED and t.epochs < 9 for t in found.trials)
 
 
+@pytest.mark.study
 @pytest.mark.timeout(300)
 def test_a_fit_that_reports_nothing_is_never_stopped(tmp_path: Path, heldout: Heldout) -> None:
     assert all(t.state is TrialState.COMPLETE for t in launched(heldout, tmp_path, rest=SILENT).trials)

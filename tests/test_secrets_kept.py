@@ -210,6 +210,7 @@ def test_a_secret_that_would_be_recorded_is_refused_and_not_told(
     assert not studies.exists() or not list(studies.iterdir())
 
 
+@pytest.mark.study
 def test_a_model_that_holds_a_secret_is_refused(tmp_path: Path, heldout: Heldout) -> None:
     rest = "import os"
     build = (

@@ -108,6 +108,7 @@ def resumed(one: Launched, heldout: Heldout, *more: str) -> list[Any]:
     return list(one.study.trials)
 
 
+@pytest.mark.study
 def test_one_interrupt_lets_trials_end_and_prints_the_report_so_far(
     tmp_path: Path, launched: Any, heldout: Heldout
 ) -> None:
@@ -128,6 +129,7 @@ def test_one_interrupt_lets_trials_end_and_prints_the_report_so_far(
 TERMINATED = pytest.param("terminated", marks=pytest.mark.slow)
 
 
+@pytest.mark.study
 @pytest.mark.parametrize("how", ["interrupted twice", TERMINATED, "stopped now"])
 def test_stopped_at_once_what_ran_runs_again_on_resume(
     how: str, tmp_path: Path, launched: Any, heldout: Heldout
@@ -158,6 +160,7 @@ def test_stopped_at_once_what_ran_runs_again_on_resume(
     assert (again.attempt, again.seed, again.params, dict(again.retries)) == (1, cut.seed, cut.params, {})
 
 
+@pytest.mark.study
 def test_stopped_from_another_terminal_its_trials_end_first(tmp_path: Path, launched: Any, heldout: Heldout) -> None:
     one = launched("launch", write_space(tmp_path, **SLOW), "--trials", "5", "--study", "s", *CHEAP)
     one.until("trial 0 ")
@@ -268,6 +271,7 @@ def launched_study(tmp_path: Path, heldout: Heldout, name: str, *options: str) -
     return found
 
 
+@pytest.mark.study
 def test_an_extended_study_is_what_a_longer_one_would_have_been(tmp_path: Path, heldout: Heldout) -> None:
     cheap = ("--confirm", "0", "--evaluate", "no")
     launched_study(tmp_path, heldout, "long", "--trials", "7", *cheap)
@@ -324,6 +328,7 @@ def interrupted(tmp_path: Path, launched: Any) -> Launched:
     return one
 
 
+@pytest.mark.study
 def test_a_changed_module_is_refused_with_the_difference(tmp_path: Path, launched: Any, heldout: Heldout) -> None:
     one = interrupted(tmp_path, launched)
     write_space(tmp_path, **SLOW, build=PARTS["build"].replace("2, 16", "2, 32"))

@@ -105,6 +105,7 @@ def test_it_is_for_this_machine_only(server: ui.Server) -> None:
         assert answer.code == 403
 
 
+@pytest.mark.study
 def test_it_answers_by_the_name_of_the_host_it_was_given_and_by_no_other(workspace: Path, port: int) -> None:
     # All of 127.0.0.0/8 is this machine, and MLflow takes only the first of it for such by itself.
     with ui.serve(workspace, port, "127.0.0.2") as server:

@@ -409,6 +409,7 @@ def hits(files: list[Path], labels: np.ndarray) -> float:
     return float((predicted.argmax(axis=1) == labels).mean())
 
 
+@pytest.mark.study
 @pytest.mark.timeout(1800)
 def test_every_fold_trains_in_a_process_of_its_own_and_the_score_is_out_of_fold(folded: Done) -> None:
     rows, found = rows_of(folded)
@@ -432,6 +433,7 @@ def test_every_fold_trains_in_a_process_of_its_own_and_the_score_is_out_of_fold(
     assert [int(count) for _, count in fitted] == sizes * 5
 
 
+@pytest.mark.study
 @pytest.mark.timeout(1800)
 def test_preprocessing_learns_from_each_folds_train_rows_alone(folded: Done) -> None:
     rows, found = rows_of(folded)
@@ -442,6 +444,7 @@ def test_preprocessing_learns_from_each_folds_train_rows_alone(folded: Done) -> 
     assert [one["sum"] for one in seen] == pytest.approx([pool[part].sum() for part in parts])
 
 
+@pytest.mark.study
 @pytest.mark.timeout(1800)
 def test_what_folds_alone_say_is_optimistic_and_what_guard_rows_say_is_corrected(
     folded: Done, heldout: Heldout
@@ -464,6 +467,7 @@ def test_what_folds_alone_say_is_optimistic_and_what_guard_rows_say_is_corrected
         assert journal.get("study")["config"]["validation"] == "kfold:3"
 
 
+@pytest.mark.study
 @pytest.mark.timeout(1800)
 def test_the_model_that_predicted_the_guard_rows_is_the_one_that_is_exported(
     folded: Done, heldout: Heldout, tmp_path: Path
@@ -480,6 +484,7 @@ def test_the_model_that_predicted_the_guard_rows_is_the_one_that_is_exported(
     assert "| validation (kfold:3, optimistic) |" in card and "so it is optimistic" in card
 
 
+@pytest.mark.study
 @pytest.mark.timeout(1800)
 def test_a_trial_of_folds_is_reproduced_to_the_bit(folded: Done, heldout: Heldout) -> None:
     kept = folded.report["winner"]["trial"]
@@ -530,6 +535,7 @@ def test_a_study_of_folds_that_was_killed_ends_as_the_uninterrupted_one(
     assert not list(study.folder.rglob("*checkpoint*"))
 
 
+@pytest.mark.study
 @pytest.mark.timeout(1800)
 def test_every_trial_has_a_split_of_its_own_and_preprocessing_of_that_split(shuffled: Done, tmp_path: Path) -> None:
     rows, found = rows_of(shuffled)
@@ -554,6 +560,7 @@ def test_every_trial_has_a_split_of_its_own_and_preprocessing_of_that_split(shuf
     assert report["corrected"]["interval"][0] <= report["corrected"]["estimate"]
 
 
+@pytest.mark.study
 @pytest.mark.timeout(1800)
 def test_a_reshuffled_trial_is_exported_with_its_own_preprocessing(
     shuffled: Done, heldout: Heldout, tmp_path: Path
@@ -567,6 +574,7 @@ def test_a_reshuffled_trial_is_exported_with_its_own_preprocessing(
     assert "reproduced exactly" in again.stdout, again.stdout + again.stderr
 
 
+@pytest.mark.study
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "words",
