@@ -23,7 +23,7 @@ import numpy as np
 from search.definition.problem import Problem
 from search.guard import selection
 from search.guard.freezing import build_file, predict_file
-from search.guard.winner import _candidate
+from search.guard.winner import contenders
 from search.loop.watcher import Silent
 from search.processes.jobs import one_slot, start_executor
 from search.record.journal import Journal
@@ -73,6 +73,7 @@ def one(space: str, seed: int, args: argparse.Namespace, scratch: Path) -> dict[
     module = scratch / f"{space}.py"
     module.write_text(MODULE.format(space=space, seed=seed))
     options = ["--trials", str(args.trials), "--seed", str(seed), "--study", "s", "--evaluate", "no", "--json"]
+    options += ["--keep", "all"]  # every model may be what one of the rules would ship
     options += ["--epochs", str(args.epochs)] if args.epochs else []
     measure.run([*measure.HELDOUT, "launch", str(module), *options], scratch)
     study = Study("s", scratch / "workspace")
@@ -91,10 +92,9 @@ def one(space: str, seed: int, args: argparse.Namespace, scratch: Path) -> dict[
 def models(journal: Journal) -> dict[str, int]:
     """Trial numbers of the models."""
     prepared, history = journal.get("prepared"), journal.history()
-    guards = {number: found for (number, _), found in sorted(journal.guards().items())}
-    pool = [trial for trial in history if trial.state is TrialState.COMPLETE]
-    metric = scoring.resolve(prepared["objective"], pool[0].extra["declaration"])
-    candidates = [_candidate(trial, metric, *guards[trial.number]) for trial in pool]
+    complete = next(trial for trial in history if trial.state is TrialState.COMPLETE)
+    metric = scoring.resolve(prepared["objective"], complete.extra["declaration"])
+    candidates = contenders(journal.path.parent, journal, metric)
     tiers = prepared["manifest"]["tiers"]
 
     def chosen(some: list[selection.Candidate]) -> selection.Choice:
