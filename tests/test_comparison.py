@@ -148,9 +148,11 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Study, S
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_real_studies_are_paired_on_guard_rows_and_once_both_are_tested_on_test_rows(
-    studies: tuple[Study, Study],
+    studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = studies
+    # Tests have ledgers of their own; these studies must have the one of their fixture, or both would open first.
+    monkeypatch.setenv("HELDOUT_LEDGER", str(first.workspace.parent / "ledger.jsonl"))
     found = search.compare(first, second)
     guard = found["guard"]
     assert guard["rows"] == first.report()["data"]["tiers"]["guard"] and guard["level"] == 0.95
