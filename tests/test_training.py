@@ -389,3 +389,16 @@ def test_strings_reach_a_model_that_reads_text(tmp_path: Path) -> None:
     vectorize.adapt(feeding.as_fed(rows.features("train")))
     preprocess = keras.Sequential([keras.Input((), dtype="string"), vectorize])
     assert feeding.joined(rows, "guard", preprocess).shape == (rows.size("guard"), 3)
+
+
+def test_a_model_of_words_beside_numbers_can_be_called() -> None:
+    """Keras refuses a call with a tensor and an array, which a table of both kinds of columns would be."""
+    lookup = keras.layers.StringLookup(vocabulary=["basic", "full"], output_mode="one_hot")
+    plan, age = keras.Input((1,), dtype="string", name="plan"), keras.Input((1,), name="age")
+    model = keras.Model({"plan": plan, "age": age}, keras.layers.Concatenate()([lookup(plan), age]))
+    table = {"plan": np.array([["full"], ["basic"], ["none"]]), "age": np.array([[3.0], [4.0], [5.0]], "float32")}
+    fed = feeding.as_fed(table)
+    np.testing.assert_array_equal(model(fed), [[0, 0, 1, 3], [0, 1, 0, 4], [1, 0, 0, 5]])
+    np.testing.assert_array_equal(model.predict(fed, verbose=0), model(fed))
+    numbers = {"age": table["age"]}
+    assert feeding.as_fed(numbers) is numbers

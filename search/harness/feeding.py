@@ -94,16 +94,16 @@ def for_preprocess(rows: OpenRows, budget: int) -> Dataset:
 
 
 def as_fed(features: Any) -> Any:
-    """Strings as backend tensors, since Keras does not take NumPy's unicode arrays; all else as it is."""
+    """Features that a model can be called with, of the same shapes.
 
-    def one(array: np.ndarray) -> Any:
-        if array.dtype.kind != "U":
-            return array
-        import tensorflow as tf
+    Keras does not take NumPy's unicode arrays, and no call with tensors and arrays side by side. So where there are
+    strings, every leaf becomes a tensor; else all stay as they are.
+    """
+    if all(array.dtype.kind != "U" for array in keras.tree.flatten(features)):
+        return features
+    import tensorflow as tf
 
-        return tf.constant(array)
-
-    return keras.tree.map_structure(one, features)
+    return keras.tree.map_structure(tf.constant, features)
 
 
 def batches(
