@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import keras
 import keras_tuner
+import numpy as np
 import pytest
 from keras_tuner.applications import HyperImageAugment, HyperResNet, HyperXception
+from keras_tuner.src.applications import augment
 
 from search.definition.problem import SpaceModule, find
 from search.definition.tracing import TracingHyperParameters
 from search.errors import SpaceError
+from search.harness import augmenting
 from search.study import Study
 from tests.conftest import Heldout
 from tests.test_training import Running, same, weights
@@ -226,6 +231,31 @@ SHIPPED = {
         [{"factor_rotate": 0.2, "factor_contrast": 0.1}, {"factor_translate_x": 0.3, "filters": 16}],
     ),
 }
+
+
+def test_kerastuners_augmentation_trains_leaves_predictions_alone_and_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stock layer does none of the three."""
+    monkeypatch.setattr(augment, "RandAugment", augment.RandAugment)  # is put back afterwards
+    augmenting.in_training_only()
+    hp = keras_tuner.HyperParameters()
+    for name, value in {"augment_layers": 2, "factor_rotate": 0.5, "factor_contrast": 0.5}.items():
+        hp.values[name] = value
+    images = np.random.default_rng(0).uniform(size=(32, 32, 32, 3)).astype("float32")
+    changes = HyperImageAugment(input_shape=(32, 32, 3)).build(hp)
+    pooled = keras.layers.GlobalAveragePooling2D()
+    model = keras.Sequential([keras.Input((32, 32, 3)), changes, pooled, keras.layers.Dense(3)])
+    np.testing.assert_array_equal(changes.predict(images, verbose=0), images)
+    changed = np.abs(np.asarray(changes(images, training=True)) - images).max(axis=(1, 2, 3))
+    assert (changed > 0.01).sum() > 8 and changed.shape == (32,)
+    model.compile("adam", "mse")
+    assert np.isfinite(model.fit(images, np.zeros((32, 3)), epochs=2, verbose=0).history["loss"]).all()
+    model.save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as file:
+        assert "keras_tuner" not in file.read("config.json").decode()
+    again = keras.models.load_model(tmp_path / "model.keras", compile=False)
+    np.testing.assert_allclose(again.predict(images, verbose=0), model.predict(images, verbose=0), rtol=1e-6)
 
 
 @pytest.mark.slow

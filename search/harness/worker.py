@@ -71,7 +71,7 @@ class _Trial:
 
         from search.definition import assets
         from search.definition.tracing import TracingHyperParameters
-        from search.harness import training
+        from search.harness import augmenting, training
         from search.processes import devices
         from search.tiers import folds
         from search.tiers.data import OpenRows
@@ -82,6 +82,7 @@ class _Trial:
             devices.be_deterministic()
         self.payload = payload
         assets.check(payload.get("assets"))
+        augmenting.in_training_only()
         self.module = SpaceModule(Problem(**payload["problem"]))
         self.hp = TracingHyperParameters(
             payload.get("proposal"), payload["seed"], payload.get("default", False), payload.get("named")
