@@ -30,7 +30,7 @@ LAYERS = (
     {"space", "store", "leakage"},
     {"data", "failing", "rungs", "folds", "lines", "starting"},
     {"history", "tracing", "declaration", "scoring", "folding"},
-    {"fused", "checkpoints", "best_epoch", "own_fit", "augmenting", "eventlog", "flops"},
+    {"fused", "checkpoints", "best_epoch", "own_fit", "mended", "eventlog", "flops"},
     {"encoding", "transformers", "chance", "diagnosis"},
     {"feeding", "few_errors"},
     {"journal", "statistics", "salvage"},
@@ -93,10 +93,10 @@ BY_NAME = {"samplers/gp.py", "samplers/gaussian_process.py", "samplers/chart.py"
 SLOW = {
     "keras": {
         *("training", "tracing", "declaration", "feeding", "fused", "preflight", "custom_metric", "checkpoints"),
-        *("best_epoch", "own_fit", "augmenting", "predicting", "backbones", "preprocessing", "merging", "diagnosis"),
+        *("best_epoch", "own_fit", "mended", "predicting", "backbones", "preprocessing", "merging", "diagnosis"),
         *("sanity", "flops", "eventlog"),
     },
-    "keras_tuner": {"tracing", "augmenting"},
+    "keras_tuner": {"tracing", "mended"},
     "mlflow": {"tracking", "publisher", "removing"},
     "scipy": {"statistics", "intervals", "samplers"},
     "tensorflow": set(),

@@ -12,12 +12,12 @@ import keras_tuner
 import numpy as np
 import pytest
 from keras_tuner.applications import HyperImageAugment, HyperResNet, HyperXception
-from keras_tuner.src.applications import augment
+from keras_tuner.src.applications import augment, resnet
 
 from search.definition.problem import SpaceModule, find
 from search.definition.tracing import TracingHyperParameters
 from search.errors import SpaceError
-from search.harness import augmenting
+from search.harness import mended
 from search.study import Study
 from tests.conftest import Heldout
 from tests.test_training import Running, same, weights
@@ -237,8 +237,9 @@ def test_kerastuners_augmentation_trains_leaves_predictions_alone_and_is_read_ag
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stock layer does none of the three."""
-    monkeypatch.setattr(augment, "RandAugment", augment.RandAugment)  # is put back afterwards
-    augmenting.in_training_only()
+    monkeypatch.setattr(augment, "RandAugment", augment.RandAugment)  # are put back afterwards
+    monkeypatch.setattr(resnet, "layers", resnet.layers)
+    mended.mend()
     hp = keras_tuner.HyperParameters()
     for name, value in {"augment_layers": 2, "factor_rotate": 0.5, "factor_contrast": 0.5}.items():
         hp.values[name] = value
@@ -256,6 +257,27 @@ def test_kerastuners_augmentation_trains_leaves_predictions_alone_and_is_read_ag
         assert "keras_tuner" not in file.read("config.json").decode()
     again = keras.models.load_model(tmp_path / "model.keras", compile=False)
     np.testing.assert_allclose(again.predict(images, verbose=0), model.predict(images, verbose=0), rtol=1e-6)
+
+
+def test_a_resnext_of_kerastuner_sums_as_the_stock_one_and_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(augment, "RandAugment", augment.RandAugment)  # are put back afterwards
+    monkeypatch.setattr(resnet, "layers", keras.layers)
+    images = np.random.default_rng(0).uniform(size=(2, 8, 8, 64)).astype("float32")
+
+    def block() -> keras.Model:
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((8, 8, 64))
+        return keras.Model(inputs, resnet.block3(inputs, 64, groups=32, name="block"))
+
+    stock = block().predict(images, verbose=0)
+    mended.mend()
+    model = block()
+    np.testing.assert_allclose(model.predict(images, verbose=0), stock, rtol=1e-4, atol=1e-5)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras", compile=False)
+    np.testing.assert_allclose(again.predict(images, verbose=0), stock, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from search.definition.problem import find
 from search.errors import SpaceError, TrialFailed
 from search.harness import worker
+from search.processes import jobs
+from tests.tiny import write_space
 
 
 class ResourceExhaustedError(Exception):
@@ -80,3 +84,27 @@ def test_other_ends_keep_their_reason(
 ) -> None:
     body = told(monkeypatch, error)
     assert (body["reason"], body["error"]) == (reason, name)
+
+
+CODED = """
+def build(hp):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8)])
+    if hp.Boolean("coded"):
+        model.add(keras.layers.Lambda(lambda x: 2 * x, name="doubling"))
+    model.add(keras.layers.Dense(2))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, metrics=["accuracy"])
+    return model
+"""
+
+
+def test_a_model_that_no_file_can_hold_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    """The preflight sees the default alone, and a winner that cannot be exported is no use."""
+    problem = find(write_space(tmp_path, build=CODED))
+    loaded = worker.load(jobs.load_payload(problem, tmp_path, tmp_path, 0), lambda body: None)
+    payload = jobs.base_payload(jobs.completed(loaded, problem), tmp_path) | {"epochs": 1, "seed": 0}
+    said: list[dict[str, Any]] = []
+    with pytest.raises(SpaceError, match="the layer 'doubling' is a Lambda around Python code, and Keras loads no"):
+        worker.trial(payload | {"named": {"coded": True}}, said.append)
+    assert [body["type"] for body in said] == ["asks"] and said[0]["asks"][0]["value"] is True
+    assert worker.trial(payload | {"named": {"coded": False}}, said.append)["epochs"] == 1

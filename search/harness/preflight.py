@@ -243,11 +243,25 @@ def refuse_lambdas(file: Path, where: str) -> None:
     for node in _objects(_config(file)):
         inside = node["config"].get("function") if isinstance(node["config"], dict) else None
         if isinstance(inside, dict) and inside.get("class_name") == "__lambda__":
-            raise SpaceError(
-                f"{where}: the layer {node['config'].get('name')!r} is a {node['class_name']} around Python code, "
-                "and Keras loads no code from a file; use one of Keras' own layers, keras.ops, or a layer of your own "
-                "with @keras.saving.register_keras_serializable()"
-            )
+            raise _no_lambda(where, node["config"].get("name"), node["class_name"])
+
+
+def refuse_lambda_layers(model: keras.Model, where: str) -> None:
+    """The same of a model, so that one which could not be exported is not trained and chosen.
+
+    Raises:
+        SpaceError: As of ``refuse_lambdas``.
+    """
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.Lambda) and getattr(layer.function, "__name__", "") == "<lambda>":
+            raise _no_lambda(where, layer.name, "Lambda")
+
+
+def _no_lambda(where: str, name: str, kind: str) -> SpaceError:
+    return SpaceError(
+        f"{where}: the layer {name!r} is a {kind} around Python code, and Keras loads no code from a file; use one of "
+        "Keras' own layers, keras.ops, or a layer of your own with @keras.saving.register_keras_serializable()"
+    )
 
 
 def refuse_secrets(file: Path, where: str) -> None:

@@ -71,7 +71,7 @@ class _Trial:
 
         from search.definition import assets
         from search.definition.tracing import TracingHyperParameters
-        from search.harness import augmenting, training
+        from search.harness import mended, training
         from search.processes import devices
         from search.tiers import folds
         from search.tiers.data import OpenRows
@@ -82,7 +82,7 @@ class _Trial:
             devices.be_deterministic()
         self.payload = payload
         assets.check(payload.get("assets"))
-        augmenting.in_training_only()
+        mended.mend()
         self.module = SpaceModule(Problem(**payload["problem"]))
         self.hp = TracingHyperParameters(
             payload.get("proposal"), payload["seed"], payload.get("default", False), payload.get("named")
@@ -166,6 +166,7 @@ def trial(payload: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Jo
     running: _Trial | None = None
     try:
         running = _Trial(payload)
+        preflight.refuse_lambda_layers(running.model, running.module.problem.path)
         reporting = _telling(running.hp, payload.get("proposal") or {}, send)
         if payload.get("preflight"):
             send({"type": "preflight", **preflight.run(running), **running.described()})

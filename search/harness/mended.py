@@ -1,12 +1,13 @@
-"""KerasTuner's ``RandAugment``, so that it trains, augments in training only, and can be read again from a file."""
+"""KerasTuner's ready-made models, mended where Keras 3 could not train them or read them again from a file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-from keras_tuner.src.applications import augment
+from keras_tuner.src.applications import augment, resnet
 
 
 class _InTraining(keras.layers.Layer):  # type: ignore[misc]
@@ -56,6 +57,21 @@ class _InTraining(keras.layers.Layer):  # type: ignore[misc]
 _InTraining.__module__, _InTraining.__name__ = "keras.layers", keras.layers.Identity.__name__
 
 
-def in_training_only() -> None:
-    """Let models that are built from now on in this process have the mended layer."""
+class _Summed:
+    """What ``HyperResNet`` has a ``Lambda`` for: the sum over the channels of each group, as an operation of Keras.
+
+    Keras loads no Python code from a file, so that no ``version="next"`` could be exported.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, output_shape: tuple[int, ...]) -> None:
+        # (n, height, width, groups, channels, channels), or with the first of the channels before both sides.
+        self._axis = 4 if keras.config.image_data_format() == "channels_last" else 2
+
+    def __call__(self, x: Any) -> Any:
+        return keras.ops.sum(x, axis=self._axis)
+
+
+def mend() -> None:
+    """Let models that are built from now on in this process have what is here."""
     augment.RandAugment = _InTraining
+    resnet.layers = types.SimpleNamespace(**vars(keras.layers) | {"Lambda": _Summed})
