@@ -40,7 +40,9 @@ def begin(tmp_path: Path) -> Iterator[Begin]:
     """Makes agents whose references are the things themselves."""
     made: list[Agent] = []
 
-    def build(apart: bool = False, secrets: dict[str, str] | None = None, **changes: Any) -> tuple[Agent, dict[str, Any]]:
+    def build(
+        apart: bool = False, secrets: dict[str, str] | None = None, **changes: Any
+    ) -> tuple[Agent, dict[str, Any]]:
         made.append(Agent(fetch=lambda part: part))
         sources = Sources(lambda part: part, tmp_path, BODIES, apart)
         return made[-1], made[-1].begin(setup(sources, **changes), secrets or {})
@@ -189,7 +191,8 @@ def test_files_that_trials_read_are_written_once_for_all_agents_of_a_node(begin:
 
 def test_files_that_cannot_be_brought_fail_the_job_and_nothing_else(begin: Begin, tmp_path: Path) -> None:
     agent, _ = begin(apart=True)
-    spec = {"root": str(tmp_path / "x"), "files": [["a", 5, 0]], "digests": None, "own": False, "apart": True, "parts": []}
+    spec = {"root": str(tmp_path / "x"), "files": [["a", 5, 0]], "digests": None, "own": False, "apart": True}
+    spec["parts"] = []
     agent.order(1, [order("a", inputs=[spec]), order("b", payload={"body": 1}, slot=Slot(1, 1).to_json())])
     told = [body for body, _ in until(agent, "exited")[0]]
     (failed,) = [body["body"] for body in told if body.get("message") == "a"]

@@ -119,7 +119,8 @@ def divided(config: StudyConfig, nodes: Sequence[Mapping[str, Any]]) -> Division
             )
         return Division(1, gpus=each, sharing=config.trials_per_gpu or 1)
     if asked or config.max_gpu_hours is not None:
-        raise RequestError(f"{asked or '--max-gpu-hours'} needs GPUs, but the trials on this cluster have none; leave it out")
+        needing = asked or "--max-gpu-hours"
+        raise RequestError(f"{needing} needs GPUs, but the trials on this cluster have none; leave it out")
     threads = 1
     if config.workers is not None:
         threads = max(1, sum(cpus) // config.workers)

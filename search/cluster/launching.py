@@ -20,7 +20,7 @@ from search.processes import jobs
 from search.study import StudyConfig
 
 _SECONDS = 60.0  # to wait for the first agent
-# What our environment says to Keras and what it computes with; all else a node's processes have from the node, or by --env.
+# What our environment says to Keras and what it computes with; all else is the node's, or comes by --env.
 _PASSED_ON = ("KERAS_", "TF_", "XLA_", "JAX_", "CUBLAS_", "OMP_", "OPENBLAS_", "MKL_")
 
 

@@ -36,8 +36,8 @@ _GROUPS = {"poll": 1, "order": 1}
 class RayExecutor:
     """Keeps the executor protocol with the nodes of a cluster.
 
-    Trials run on agents. All other jobs see sealed labels, or all of the user's rows, or both: they run on this machine,
-    in ``here``. Slots come and go with the nodes.
+    Trials run on agents. All other jobs see sealed labels, or all of the user's rows, or both: they run on this
+    machine, in ``here``. Slots come and go with the nodes.
 
     Args:
         here: Started, and closed by whoever made it.
