@@ -65,6 +65,6 @@ def spread(
                 f"trials run on {where}, in {len(executor.slots)} slots at present; the search itself runs here, on "
                 f"{socket.gethostname()}, for as long as this command does"
                 if ready
-                else f"{where} has no room at present: trials begin when it has; the search itself runs here"
+                else f"on {where} no agent is ready yet: trials begin when it has room; the search itself runs here"
             )
             yield executor

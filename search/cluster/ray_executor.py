@@ -114,6 +114,10 @@ class RayExecutor:
             return
         if any(other.slot == slot.index for other in agent.running.values()):
             raise ValueError(f"a slot must be free to be given a job, but slot {slot.index} is taken")
+        if not agent.said["sees"] and self._sources.must_be_seen(job.payload):
+            self._events.append(Lost(job.id, taken=True))
+            return self._give_up(agent, f"does not see {self._sources.workspace}: rows that are files need a workspace "
+                                 "on storage that every node has at the same path")  # fmt: skip
         inputs = self._sources.inputs(job.payload, agent.said["sees"], agent.said["module"])
         new = [spec for spec in inputs if spec["own"] or id(spec) not in agent.sent]
         agent.sent |= {id(spec) for spec in inputs if not spec["own"]}
@@ -270,8 +274,7 @@ class RayExecutor:
 
     def _began(self, agent: AgentCalls, said: dict[str, Any]) -> None:
         if "error" in said:
-            self._drop(agent)
-            return self._refuse(agent.share.node, said["error"])
+            return self._give_up(agent, said["error"])
         agent.said = said
         for name, own in versions().items():
             if (found := said["versions"].get(name)) != own:
@@ -308,6 +311,12 @@ class RayExecutor:
         with contextlib.suppress(Exception):
             ray.kill(agent.handle)
 
+    def _give_up(self, agent: AgentCalls, why: str) -> None:
+        """No more trials on an agent's node."""
+        self._drop(agent)
+        self._refuse(agent.share.node, why)
+        self._events += [Lost(job) for job in agent.running]
+
     def _refuse(self, node: str, why: str) -> None:
         where = next((one["NodeManagerHostname"] for one in ray.nodes() if one["NodeID"] == node), node)
         self._refused[node] = f"{where} {why}"
@@ -325,10 +334,7 @@ class RayExecutor:
             if "warned" in body:
                 self._warn(body["warned"])
             elif "fatal" in body:
-                self._drop(agent)
-                self._refuse(agent.share.node, f"could not go on ({body['fatal']})")
-                self._events += [Lost(job) for job in agent.running]
-                return
+                return self._give_up(agent, f"could not go on ({body['fatal']})")
             elif (job := agent.running.get(name := next(iter(body.values())))) is not None:
                 self._told(agent, name, job, body, data or b"")
         agent.ask()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ class Sources:
     """
 
     def __init__(self, put: Callable[[bytes], Any], workspace: Path, problem: Problem, apart: bool = False) -> None:
-        self._put, self._workspace, self._problem, self._apart = put, workspace, problem, apart
+        self._put, self.workspace, self._problem, self._apart = put, workspace, problem, apart
         self._packed: dict[str, Spec] = {}
         self._token: tuple[str, str] | None = None
 
@@ -36,11 +37,11 @@ class Sources:
         """What an agent finds out by whether it sees our files: a file with a word that nobody else has."""
         if self._token is None:
             word = uuid.uuid4().hex
-            file = self._workspace / f".seen-{word[:8]}"
+            file = self.workspace / f".seen-{word[:8]}"
             file.write_text(word)
             self._token = str(file), word
         module = {key: value for key, value in self._module(self._problem).items() if key != "parts"}
-        return {"apart": self._apart, "token": self._token, "workspace": str(self._workspace), "module": module}
+        return {"apart": self._apart, "token": self._token, "workspace": str(self.workspace), "module": module}
 
     def close(self) -> None:
         """Remove what was written for ``setup``."""
@@ -71,6 +72,13 @@ class Sources:
                 specs.append(self._whole(path))
         own = self._spec(folder, mirror.listed(Path(folder)), own=True)
         return [*specs, self._with_parts(own)]
+
+    def must_be_seen(self, payload: Mapping[str, Any]) -> bool:
+        """Whether rows are files, which are too many to travel: nodes read them where they lie."""
+        if "rows" not in payload:
+            return False
+        manifest = json.loads((Path(payload["rows"]) / "manifest.json").read_text())
+        return any(manifest["x"].get("files") or ())
 
     def outputs(self, payload: Mapping[str, Any]) -> list[str]:
         """Folders that the trial writes to."""
