@@ -104,7 +104,7 @@ def resume(
             _see_it_goes_on(found.name, journal, plan)
         with (
             jobs.start_executor(slots, problem, found.folder, plan.start_method, plan.env, (hold,)) as here,
-            spread(here, plan, problem, found.workspace, watcher) as executor,
+            spread(here, plan, problem, found.folder, watcher) as executor,
         ):
             if is_changed:
                 _adopt(journal, here, found, recorded, problem, plan, watcher)

@@ -82,7 +82,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
             here = held_open.enter_context(
                 jobs.start_executor(slots, problem, folder, config.start_method, config.env, (hold,))
             )
-            executor = held_open.enter_context(spread(here, config, problem, workspace, watcher))
+            executor = held_open.enter_context(spread(here, config, problem, folder, watcher))
             if held := [name for name in secrecy.withheld(os.environ) if name in problem.source]:
                 watcher.say(
                     f"{', '.join(held)} may be secrets, so trials are not given them; --env {held[0]} hands one over"

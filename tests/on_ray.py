@@ -55,7 +55,7 @@ def on_ray(
         made = Anywhere(
             here,
             division or Division(1, slots),
-            Sources(ray.put, folder, module, apart),
+            Sources(ray.put, folder, folder, module, apart),
             options=how,
             environ={},
             secrets=secrets or {},

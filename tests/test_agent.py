@@ -44,7 +44,7 @@ def begin(tmp_path: Path) -> Iterator[Begin]:
         apart: bool = False, secrets: dict[str, str] | None = None, **changes: Any
     ) -> tuple[Agent, dict[str, Any]]:
         made.append(Agent(fetch=lambda part: part))
-        sources = Sources(lambda part: part, tmp_path, BODIES, apart)
+        sources = Sources(lambda part: part, tmp_path, tmp_path, BODIES, apart)
         return made[-1], made[-1].begin(setup(sources, **changes), secrets or {})
 
     yield build
@@ -134,7 +134,7 @@ def there_and_back(agent: Agent, sources: Sources, folder: Path, number: int, ki
 def test_files_of_a_trial_travel_there_and_back_before_its_result_is_told(begin: Begin, tmp_path: Path) -> None:
     agent, said = begin(apart=True)
     assert not said["sees"] and not said["module"]
-    sources = Sources(lambda part: part, tmp_path, BODIES, apart=True)
+    sources = Sources(lambda part: part, tmp_path, tmp_path, BODIES, apart=True)
     folder = tmp_path / "trials" / "0003"
     folder.mkdir(parents=True)
     (folder / "checkpoint").write_bytes(b"from before")
@@ -156,7 +156,7 @@ def test_files_of_a_trial_travel_there_and_back_before_its_result_is_told(begin:
 def test_a_large_file_comes_in_parts(begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror, "CHUNK", 1000)
     agent, _ = begin(apart=True)
-    sources = Sources(lambda part: part, tmp_path, BODIES, apart=True)
+    sources = Sources(lambda part: part, tmp_path, tmp_path, BODIES, apart=True)
     folder = tmp_path / "trials" / "0001"
     folder.mkdir(parents=True)
     (folder / "checkpoint").write_bytes(os.urandom(5500))
@@ -170,7 +170,7 @@ def test_files_that_trials_read_are_written_once_for_all_agents_of_a_node(begin:
     (rows / "x_0").mkdir(parents=True)
     (rows / "y_0.npy").write_bytes(b"labels")
     (rows / "x_0" / "000000001.png").write_bytes(b"picture")
-    specs = Sources(lambda part: part, tmp_path, BODIES, apart=True).inputs(
+    specs = Sources(lambda part: part, tmp_path, tmp_path, BODIES, apart=True).inputs(
         {"rows": str(rows), "folder": str(tmp_path)}, sees=False, module=False
     )
     first, second = begin(apart=True)[0], begin(apart=True)[0]
@@ -229,7 +229,7 @@ ALONE = """
 import sys, time
 from tests.test_agent import *
 agent = Agent(fetch=lambda part: part)
-sources = Sources(lambda part: part, Path(sys.argv[1]), BODIES)
+sources = Sources(lambda part: part, Path(sys.argv[1]), Path(sys.argv[1]), BODIES)
 agent.begin(setup(sources), {})
 agent.order(1, [order("a", "breeds"), order("b", "spins", slot=Slot(1, 1).to_json())])
 told, number = [], 1

@@ -41,6 +41,7 @@ def cluster() -> Iterator[Any]:
     """A head without CPUs, and two nodes with two CPUs and two GPUs each."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # each session would make a token of its own
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     from ray.cluster_utils import Cluster
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -228,6 +229,17 @@ def test_files_and_words_cross_to_a_node_that_sees_nothing_of_ours(private_ray: 
         assert isinstance(collect(executor, "c")[-1], Exited)
     logs = Path(private_ray._private.worker._global_node.get_logs_dir_path())
     assert not any(b"open-sesame" in file.read_bytes() for file in logs.rglob("*") if file.is_file())
+
+
+def test_rows_that_are_files_are_not_sent_to_a_node_that_does_not_see_them(private_ray: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "rows" / "d"
+    rows.mkdir(parents=True)
+    (rows / "manifest.json").write_text(json.dumps({"x": {"files": [{"suffix": ".png"}]}}))
+    with on_ray(private_ray, tmp_path, apart=True) as executor:
+        executor.submit(Job("a", "echo", {"rows": str(rows), "body": 1}), None)
+        assert Lost("a", taken=True) in executor.poll(0.0)
+        with pytest.raises(ExecutorError, match="does not see .*: rows that are files need a workspace on storage"):
+            executor.poll(0.0)
 
 
 def test_a_node_that_cannot_import_keras_is_said_and_ends_the_wait(private_ray: Any, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_NUM_REDIS_GET_RETRIES": "3",  # each takes some seconds
+    "RAY_worker_niceness": "0",  # or trials would give way to all else, the search itself included
     "RAY_prestart_worker_first_driver": "0",  # a process for each CPU, of which none is needed
 }
 

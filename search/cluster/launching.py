@@ -26,12 +26,13 @@ _PASSED_ON = ("KERAS_", "TF_", "XLA_", "JAX_", "CUBLAS_", "OMP_", "OPENBLAS_", "
 
 @contextlib.contextmanager
 def spread(
-    here: LocalExecutor, config: StudyConfig, problem: Problem, workspace: Path, watcher: Watcher
+    here: LocalExecutor, config: StudyConfig, problem: Problem, folder: Path, watcher: Watcher
 ) -> Iterator[Executor]:
     """The executor of a study: on the cluster that ``config.ray`` names, or ``here`` if it names none.
 
     Args:
         here: Runs what stays on this machine.
+        folder: The study's, in its workspace.
 
     Raises:
         RequestError: If there is no such cluster, or it cannot run this study's trials; before any was begun.
@@ -49,7 +50,7 @@ def spread(
         executor = RayExecutor(
             here,
             division,
-            Sources(ray.put, workspace, problem),
+            Sources(ray.put, folder, folder.parent.parent, problem),
             options=jobs.processes(problem, config.start_method),
             environ=secrecy.inherited(environ),
             secrets=secrecy.resolve(config.env),

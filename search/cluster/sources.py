@@ -23,13 +23,16 @@ class Sources:
 
     Args:
         put: Stores bytes where nodes can get them, and returns a reference.
-        workspace: The study's workspace.
+        folder: The study's; workspace: the one that it is in.
         problem: The module that trials run.
         apart: Treats nodes as if they saw none of our files.
     """
 
-    def __init__(self, put: Callable[[bytes], Any], workspace: Path, problem: Problem, apart: bool = False) -> None:
-        self._put, self.workspace, self._problem, self._apart = put, workspace, problem, apart
+    def __init__(
+        self, put: Callable[[bytes], Any], folder: Path, workspace: Path, problem: Problem, apart: bool = False
+    ) -> None:
+        self._put, self._folder, self._problem, self._apart = put, folder, problem, apart
+        self.workspace = workspace
         self._packed: dict[str, Spec] = {}
         self._token: tuple[str, str] | None = None
 
@@ -37,7 +40,7 @@ class Sources:
         """What an agent finds out by whether it sees our files: a file with a word that nobody else has."""
         if self._token is None:
             word = uuid.uuid4().hex
-            file = self.workspace / f".seen-{word[:8]}"
+            file = self._folder / ".seen"
             file.write_text(word)
             self._token = str(file), word
         module = {key: value for key, value in self._module(self._problem).items() if key != "parts"}
