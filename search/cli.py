@@ -70,6 +70,7 @@ def main(debug: bool) -> None:
 @options.final
 @options.checkpoint_minutes
 @options.tensorboard
+@options.ray
 @options.disk
 @options.tags
 @options.as_json
@@ -95,6 +96,7 @@ def launch(space: str, as_json: bool, **asked: Any) -> None:
 @click.option("--evaluate", type=click.Choice(["auto", "yes", "no"]), help="As for launch [as launched].")
 @click.option("--max-disk", metavar="SIZE", help="As for launch [as launched].")
 @options.ends
+@options.ray
 @options.workspace
 @options.as_json
 def resume(study: str, workspace: str | None, as_json: bool, **asked: Any) -> None:

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from search.cluster.launching import spread
 from search.definition import assets
 from search.definition.problem import Problem, find
 from search.definition.space import Space
@@ -20,7 +21,7 @@ from search.guard.ledger import times
 from search.loop.enqueueing import begun, unbegun
 from search.loop.stopping import Stopping
 from search.loop.watcher import Silent, Watcher
-from search.processes import devices, jobs
+from search.processes import jobs
 from search.record import disk, journal_file, places
 from search.record.journal import Journal
 from search.record.lock import locked
@@ -44,6 +45,7 @@ def resume(
     max_gpu_hours: float | None = None,
     target: float | None = None,
     accept_changes: bool = False,
+    ray: str | None = None,
     workspace: str | None = None,
     watcher: Watcher | None = None,
 ) -> Study:
@@ -54,6 +56,7 @@ def resume(
         evaluate: A new word on the test rows, as in ``StudyConfig``; None keeps the recorded one.
         max_disk, timeout, stop_after_stale, max_gpu_hours, target: New limits, as in ``StudyConfig``.
         accept_changes: Go on with the space module as it is now, if it was changed.
+        ray: Another cluster, as in ``StudyConfig``, or ``"none"`` for this machine alone.
 
     Raises:
         StudyError: If there is no such study, it is being driven, it is complete, or its module has changed.
@@ -69,7 +72,7 @@ def resume(
     with found.journal() as journal:
         before = config_of(journal)
     given: dict[str, Any] = {"evaluate": evaluate, "max_disk": max_disk, "timeout": timeout, "target": target}
-    given |= {"stop_after_stale": stop_after_stale, "max_gpu_hours": max_gpu_hours}
+    given |= {"stop_after_stale": stop_after_stale, "max_gpu_hours": max_gpu_hours, "ray": ray}
     asked = dataclasses.replace(before, **{key: value for key, value in given.items() if value is not None})
     get_sampler(asked.sampler)  # it may need a package that is not here
     if asked.tensorboard:
@@ -77,8 +80,7 @@ def resume(
     recorded = Problem(**found.meta("prepared")["problem"])
     problem = _current(recorded, accept_changes, found.name, watcher)
     is_changed = problem.digest != recorded.digest or _assets_changed(found, accept_changes)
-    slots = devices.slots(asked.workers, asked.gpus, asked.trials_per_gpu, asked.gpus_per_trial)
-    jobs.check_ends(asked, slots)
+    slots = jobs.slots(asked)
     uri = publishing.uri_of(places.study(meta, found.workspace))
     disk.check(found.folder)
     if (away := publishing.check_uri(uri, must_answer=False)) is not None:
@@ -100,9 +102,12 @@ def resume(
             )
         if found.meta("state") == "COMPLETE":
             _see_it_goes_on(found.name, journal, plan)
-        with jobs.start_executor(slots, problem, found.folder, plan.start_method, plan.env, (hold,)) as executor:
+        with (
+            jobs.start_executor(slots, problem, found.folder, plan.start_method, plan.env, (hold,)) as here,
+            spread(here, plan, problem, found.folder, watcher) as executor,
+        ):
             if is_changed:
-                _adopt(journal, executor, found, recorded, problem, plan, watcher)
+                _adopt(journal, here, found, recorded, problem, plan, watcher)
             with journal.one_commit():
                 if plan != before:
                     journal.put("plan", {key: getattr(plan, key) for key in ("trials", *given)})
@@ -113,7 +118,7 @@ def resume(
             if not any(event.kind == "space" for event in journal.events()):
                 discovery = {"problem": problem.to_json(), "seconds": jobs.DISCOVERY_SECONDS}
             with publishing.start(found.folder, uri) as tracker:
-                drive(found.folder, journal, executor, watcher, tracker, stopping, discovery, lambda _: None)
+                drive(found.folder, journal, executor, here, watcher, tracker, stopping, discovery, lambda _: None)
     return Study(found.name, found.workspace)
 
 

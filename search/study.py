@@ -53,6 +53,7 @@ class StudyConfig:
         gpus: ``"auto"``, ``"none"``, or device numbers such as ``"0,1"``.
         trials_per_gpu: Trials that share one GPU.
         gpus_per_trial: GPUs that one trial gets.
+        ray: Runs trials on a Ray cluster: ``"local"`` for a private one, ``"auto"`` or ``"HOST:PORT"``; else None.
         seed: Of proposals and trainings; never moves a row between tiers.
         split_seed: Of the split of rows into tiers.
         validation: How a configuration is judged, see ``validation.parse``: by the stored split (``"holdout"``), by
@@ -99,6 +100,7 @@ class StudyConfig:
     gpus: str | None = None
     trials_per_gpu: int | None = None
     gpus_per_trial: int | None = None
+    ray: str | None = None
     seed: int = 0
     split_seed: int = 0
     validation: str = HOLDOUT
@@ -164,6 +166,8 @@ class StudyConfig:
                 f"--final must be retrain, but got {self.final!r}; a model trained on every row is written by "
                 "`heldout export STUDY --out DIR --final all`, since nothing is left to test it"
             )
+        if self.ray == "none":  # which ends what was asked for before
+            object.__setattr__(self, "ray", None)
         if self.sampler == AUTO:
             object.__setattr__(self, "sampler", default_for(self.trials))
         if self.enqueue is not None:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from search import secrecy
+from search.cluster.launching import spread
 from search.definition import assets
 from search.definition.problem import Problem, find
 from search.errors import DiskFull, ExecutorError, RequestError, StudyStopped, TrialFailed
+from search.executors import Executor
 from search.executors.local import LocalExecutor, start_method
 from search.guard import finalists
 from search.loop import enqueueing, keeping, warm_start
@@ -23,7 +25,7 @@ from search.loop.pruners import get_pruner
 from search.loop.stopping import Stopping
 from search.loop.surroundings import FINISH, Calm
 from search.loop.watcher import Silent, Watcher
-from search.processes import devices, jobs
+from search.processes import jobs
 from search.record import disk, places
 from search.record.journal import Journal
 from search.record.lock import locked
@@ -61,8 +63,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     if config.tensorboard:
         board.check_installed()
     start_method(config.start_method)
-    slots = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
-    jobs.check_ends(config, slots)
+    slots = jobs.slots(config)
     workspace = workspace_folder(config.workspace)
     earlier_studies = warm_start.studies(config, workspace)
     asked = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
@@ -78,9 +79,10 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
             clear(folder)
             mine = True
             stopping = held_open.enter_context(Stopping(folder))
-            executor = held_open.enter_context(
+            here = held_open.enter_context(
                 jobs.start_executor(slots, problem, folder, config.start_method, config.env, (hold,))
             )
+            executor = held_open.enter_context(spread(here, config, problem, folder, watcher))
             if held := [name for name in secrecy.withheld(os.environ) if name in problem.source]:
                 watcher.say(
                     f"{', '.join(held)} may be secrets, so trials are not given them; --env {held[0]} hands one over"
@@ -91,7 +93,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
             try:
                 with publishing.start(folder, uri) as tracker:
                     asked_rows = (workspace, folder, config.split_seed, watcher, config.validation)
-                    prepared = jobs.prepare(executor, problem, *asked_rows)
+                    prepared = jobs.prepare(here, problem, *asked_rows)
                     if (earlier := jobs.openings(prepared)) and config.evaluate == "auto":
                         watcher.say(
                             f"these test rows have been opened {times(earlier)} before: this study will leave "
@@ -128,7 +130,7 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
                             journal.put("state", "RUNNING")
                         began = True
 
-                    drive(folder, journal, executor, watcher, tracker, stopping, discovery, begin)
+                    drive(folder, journal, executor, here, watcher, tracker, stopping, discovery, begin)
             finally:
                 journal.close()
     except BaseException as error:
@@ -173,7 +175,8 @@ def _study_meta(
 def drive(
     folder: Path,
     journal: Journal,
-    executor: LocalExecutor,
+    executor: Executor,
+    here: LocalExecutor,
     watcher: Watcher,
     tracker: publishing.Tracker,
     stopping: Stopping,
@@ -181,6 +184,9 @@ def drive(
     on_preflight: Callable[[dict[str, Any]], None],
 ) -> None:
     """Search, confirm and evaluate as the journal's record of the study says, to the end or until it is stopped.
+
+    Args:
+        executor: Runs the trials; here: what is shown sealed rows or labels, on this machine.
 
     Raises:
         StudyStopped: If it was stopped at once; asked to let running trials end first, it returns.
@@ -208,7 +214,7 @@ def drive(
         except OSError as error:
             raise disk.failure(place, error) from error
         ready = jobs.prepared_for(journal, trial)
-        return jobs.base_payload(ready, place, len(executor.slots)) | {
+        return jobs.base_payload(ready, place, len(here.slots)) | {
             **jobs.split_of(ready, trial.seed),
             "epochs": config.epochs,
             "seed": trial.seed,
@@ -265,7 +271,7 @@ def drive(
         from search.guard import evaluation  # its statistics take a while to import, and nothing before it needs them
 
         try:
-            evaluation.conclude(folder, journal, executor, watcher, opening=config.evaluate, final=config.final)
+            evaluation.conclude(folder, journal, here, watcher, opening=config.evaluate, final=config.final)
         except (RequestError, TrialFailed) as error:
             # The search itself is complete, and `heldout evaluate` can be tried again.
             if not (journal.get("evaluation") or {}).get("opened"):

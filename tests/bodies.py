@@ -170,6 +170,20 @@ def breeds(channel: Channel, end: bool = False) -> None:
         ctypes.PyDLL(None).sleep(300)
 
 
+def leaves(channel: Channel, folder: str) -> None:
+    """Leave files of several kinds in a folder, and take away what was there."""
+    place = Path(folder)
+    found = sorted(path.name for path in place.iterdir())
+    (place / "checkpoint").unlink(missing_ok=True)
+    print("hello")
+    (place / "weights").write_bytes(b"w" * 100_000)
+    (place / "deep" / "er").mkdir(parents=True)
+    (place / "deep" / "er" / "part").write_text("p")
+    (place / "empty").touch()
+    (place / "link").symlink_to("/etc/hostname")
+    channel.send({"type": "result", "path": str(place / "weights"), "found": found, "is_here": __file__})
+
+
 def trains(channel: Channel) -> None:
     """Fit a small Keras model with two threads: what a broken fork hangs in."""
     import keras
@@ -187,7 +201,7 @@ BODIES = {
     body.__name__: body
     for body in (
         nothing, ready, echo, leak, about, prints, dialogue, chatter, silence, raises, exits, aborts, writes,
-        stubborn, sleeps, spins, breeds, trains,
+        stubborn, sleeps, spins, breeds, leaves, trains,
     )
 }  # fmt: skip
 

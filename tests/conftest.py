@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,3 +56,15 @@ def run_heldout(*arguments: str, timeout: float = 240, **environment: str) -> su
 def heldout() -> Heldout:
     """The command line, as ``heldout(*arguments, **environment)``."""
     return run_heldout
+
+
+@pytest.fixture(scope="session")
+def private_ray() -> Iterator[Any]:
+    """A Ray of the tests' own, with room for six slots; started once, since that takes a while."""
+    from search.cluster.connecting import LOCAL, connected
+
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        yield stack.enter_context(connected(os.environ.get("HELDOUT_TEST_RAY", LOCAL), 6))
+        warnings.simplefilter("ignore", ResourceWarning)  # Ray lets go of its processes while they end
+        stack.close()
+        gc.collect()

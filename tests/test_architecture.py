@@ -27,7 +27,7 @@ LAYERS = (
     {"rows", "assets", "domain", "traces", "ranks", "intervals", "ledger"},
     {"template", "publishing", "watcher", "finalists"},
     {"split", "streams", "journal_file", "usage", "retries", "surroundings", "supervision", "pruners", "ends"},
-    {"space", "store", "leakage"},
+    {"space", "store", "leakage", "imported", "mirror"},
     {"data", "failing", "rungs", "folds", "lines", "starting"},
     {"history", "tracing", "declaration", "scoring", "folding"},
     {"fused", "checkpoints", "best_epoch", "own_fit", "mended", "eventlog", "flops"},
@@ -45,7 +45,10 @@ LAYERS = (
     {"withholding"},
     {"driver"},
     {"judge", "worker", "stopping", "repairing", "lifecycle", "removing", "reserving"},
-    {"jobs", "belief", "picture", "garbage"},
+    {"jobs", "belief", "picture", "garbage", "connecting", "agent", "sources"},
+    {"calls"},
+    {"ray_executor"},
+    {"launching"},
     {"ensemble_words"},
     {"report"},
     {"page_record"},
@@ -84,6 +87,7 @@ STDLIB_ONLY = {
     # A trial's own process, which trainings are forked from.
     *("validation", "folding"),
     *("board", "serving", "architecture"),
+    *("mirror", "imported", "connecting", "launching", "agent", "sources"),
 }
 
 # Files of such a part that nothing loads but their name, once a study asks for that sampler.
@@ -107,6 +111,7 @@ SLOW = {
     "optuna": set(),
     "cmaes": set(),
     "torch": set(),
+    "ray": {"calls", "ray_executor"},  # for a study that runs on it
 }
 
 # Files of trial-side and tracking processes that get a slow import from another file's top.

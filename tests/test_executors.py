@@ -6,6 +6,7 @@ takes milliseconds; what is tested of processes, sockets and signals is the same
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -120,11 +121,29 @@ def inline(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
         raise RuntimeError("out of the body")
 
 
-@pytest.fixture(params=(*METHODS, "inline"))
+@pytest.fixture(scope="module")
+def ray_executor(private_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Executor]]:
+    """Gives the same executor on Ray to every test, or another one after a test has closed it."""
+    from tests.on_ray import Anywhere, on_ray
+
+    with contextlib.ExitStack() as stack:
+        made: list[Anywhere] = []
+
+        def living() -> Executor:
+            if not made or made[-1].is_closed:
+                made.append(stack.enter_context(on_ray(private_ray, tmp_path_factory.mktemp("ray"))))
+            return made[-1]
+
+        yield living
+
+
+@pytest.fixture(params=(*METHODS, "inline", "ray"))
 def executor(request: pytest.FixtureRequest, make: Make) -> Iterator[Executor]:
     if request.param == "inline":
         with InlineExecutor(inline) as executor:
             yield executor
+    elif request.param == "ray":
+        yield request.getfixturevalue("ray_executor")()
     else:
         yield make(request.param)
 

@@ -32,7 +32,7 @@ def cache_folder(name: str) -> Path:
     """
     if not name or Path(name).name != name or name.startswith("."):
         raise RequestError(f"cache_folder(name) takes a plain name, but got {name!r}")
-    folder = _root() / name
+    folder = cache_root() / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -42,7 +42,8 @@ def cache_folder(name: str) -> Path:
     return folder
 
 
-def _root() -> Path:
+def cache_root() -> Path:
+    """The folder that ``cache_folder`` makes its folders in."""
     if given := os.environ.get("HELDOUT_CACHE"):
         return Path(given).expanduser().absolute()
     import platformdirs
@@ -62,7 +63,7 @@ def made(module: SpaceModule) -> list[dict[str, Any]]:
     if module.prepare is not None:
         import fcntl
 
-        root = _root()
+        root = cache_root()
         root.mkdir(parents=True, exist_ok=True)
         with (root / f".{module.problem.name}.lock").open("a") as lock, module.blaming("prepare()"):
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -41,6 +41,7 @@ class Slot:
         gpus: UUIDs of its GPUs; empty for a CPU slot.
         memory_share: Share of each GPU's memory that a trial may use; None when the GPU is not shared.
         memory_mib: The same in MiB, where the size of the GPU is known; TensorFlow wants it so.
+        machine: Names the machine that it is on, where there are several.
     """
 
     index: int
@@ -49,6 +50,7 @@ class Slot:
     gpus: tuple[str, ...] = ()
     memory_share: float | None = None
     memory_mib: int | None = None
+    machine: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The slot as a trial process is told of it."""
@@ -146,7 +148,7 @@ class Executor(Protocol):
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """The places for trials."""
+        """The places for trials. There may be more or fewer of them whenever they are looked at."""
         ...
 
     def start(self) -> None:

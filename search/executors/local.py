@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -77,6 +78,7 @@ class LocalExecutor:
         required: Modules without which no trial can run.
         hold: Descriptors that every process inherits, such as a lock that is held until the last of them has ended.
         secrets: Variables for every job, whose values are kept out of messages and logs.
+        lasting: Whether the thread that uses it lives as long as this process; None asks if it is the main thread.
     """
 
     def __init__(
@@ -93,7 +95,9 @@ class LocalExecutor:
         required: Sequence[str] = REQUIRED,
         hold: Sequence[int] = (),
         secrets: Mapping[str, str] | None = None,
+        lasting: bool | None = None,
     ) -> None:
+        self._lasting = lasting
         self._slots = tuple(slots)
         self._method = _start_method(start_method)
         self._preload = tuple(preload)
@@ -168,8 +172,12 @@ class LocalExecutor:
         env = {**job.env, **(slot.env if slot else {})}
         self._control.queue({"run": job.id, "log": job.log, "env": env}, (fd,))
 
-    def poll(self, timeout: float) -> list[Event]:
+    def poll(self, timeout: float, also: int | None = None) -> list[Event]:
         """What has happened; see the protocol.
+
+        Args:
+            timeout: Seconds.
+            also: A descriptor that ends the wait when it can be read.
 
         Raises:
             ExecutorError: If the template cannot be had; it says what the import error said.
@@ -177,7 +185,9 @@ class LocalExecutor:
         until = time.monotonic() + timeout
         self._pump(0.0)
         while not self._events and not self._is_over and (left := until - time.monotonic()) > 0:
-            self._pump(left)
+            self._pump(left, also)
+            if also is not None and select.select([also], [], [], 0)[0]:
+                break
         events = list(self._events)
         self._events.clear()
         if self._failure is not None and not self._running and not events:
@@ -237,7 +247,7 @@ class LocalExecutor:
         ours, theirs = socket.socketpair()
         # The death signal is tied to the thread that starts the process, not to the whole driver: only the
         # main thread lives as long as the driver. From another one, the end of the socket has to do.
-        lasting = threading.current_thread() is threading.main_thread()
+        lasting = threading.current_thread() is threading.main_thread() if self._lasting is None else self._lasting
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with theirs, open(self._log, "ab") as log:
             self._process = subprocess.Popen(
@@ -254,13 +264,13 @@ class LocalExecutor:
         setup = {"setup": self._method, "required": self._required, "preload": self._preload, "hold": self._hold}
         self._control.queue(setup)
 
-    def _pump(self, timeout: float) -> None:
+    def _pump(self, timeout: float, also: int | None = None) -> None:
         """Wait for news once and take them in."""
         links = {job.link: name for name, job in self._running.items()}
         deadlines = [job.lost_by for job in self._running.values() if job.lost_by is not None]
         timeout = min([timeout, *(at - time.monotonic() for at in deadlines)])
         control = self._control
-        for link in wait([*links, *([control] if control else [])], timeout):
+        for link in wait([*links, *([control] if control else [])], timeout, also):
             link.flush()
             # An "exited" read a moment ago may have ended the job of a link further on in the list.
             if link is control:

@@ -170,6 +170,7 @@ class Driver:
 
     def _fill(self) -> None:
         self._hurries = False
+        self._seats.offer(self._executor.slots)
         while self._more() and self._recording.has_room():
             self._hurries = len(self._begun) >= _AT_ONCE
             if self._hurries:

@@ -7,6 +7,7 @@ by its UUID, because an index means something else in every process that hides d
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import math
 import os
@@ -109,6 +110,45 @@ def slots(
     Raises:
         RequestError: If the arguments contradict each other or the machine.
     """
+    asked = contradictions(workers, gpus, trials_per_gpu, gpus_per_trial)
+    devices: list[Gpu] = []
+    if workers is None and gpus != "none":
+        devices = _visible(discover(), os.environ.get(VISIBLE))
+        if gpus not in (None, "auto"):
+            devices = _chosen(devices, gpus)
+    if not devices:
+        if asked:
+            raise RequestError(f"{asked[0]} needs a GPU, but none is visible: leave it out, or see nvidia-smi")
+        count = cpus() if workers is None else workers
+        return tuple(Slot(index, max(1, cpus() // count), NO_GPU) for index in range(count))
+    if gpus_per_trial is not None:
+        return _joined(devices, gpus_per_trial)
+    return _shared(devices, trials_per_gpu or 1)
+
+
+def _joined(devices: Sequence[Gpu], each: int) -> tuple[Slot, ...]:
+    if each > len(devices):
+        raise RequestError(f"--gpus-per-trial must be at most {len(devices)}, the GPUs there are, but got {each}")
+    if each > 1 and any(gpu.uuid.startswith("MIG-") for gpu in devices):
+        raise RequestError(f"--gpus-per-trial must be 1 with MIG devices, of which CUDA uses one, but got {each}")
+    groups = [devices[start : start + each] for start in range(0, len(devices) - each + 1, each)]
+    return tuple(_gpu_slot(index, group, 1, cpus() // len(groups)) for index, group in enumerate(groups))
+
+
+def _shared(devices: Sequence[Gpu], sharing: int) -> tuple[Slot, ...]:
+    # Round by round, so that the first trials of a short study spread over all GPUs.
+    places = [gpu for _ in range(sharing) for gpu in devices]
+    return tuple(_gpu_slot(index, [gpu], sharing, cpus() // len(places)) for index, gpu in enumerate(places))
+
+
+def contradictions(
+    workers: int | None, gpus: str | None, trials_per_gpu: int | None, gpus_per_trial: int | None
+) -> list[str]:
+    """See that the arguments of ``slots`` go together; returns those that need a GPU.
+
+    Raises:
+        RequestError: If they do not.
+    """
     sharing = {"--trials-per-gpu": trials_per_gpu, "--gpus-per-trial": gpus_per_trial}
     for flag, value in {"--workers": workers, **sharing}.items():
         if value is not None and value < 1:
@@ -122,38 +162,29 @@ def slots(
         raise RequestError(f"--workers counts CPU slots, but got it with {asked[0]}: leave one of them out")
     if gpus == "none" and asked:
         raise RequestError(f"{asked[0]} needs GPUs, but got it with --gpus none: leave one of them out")
-
-    devices: list[Gpu] = []
-    if workers is None and gpus != "none":
-        devices = _visible(discover(), os.environ.get(VISIBLE))
-        if gpus not in (None, "auto"):
-            devices = _chosen(devices, gpus)
-    if not devices:
-        if asked:
-            raise RequestError(f"{asked[0]} needs a GPU, but none is visible: leave it out, or see nvidia-smi")
-        count = _cpus() if workers is None else workers
-        return tuple(Slot(index, max(1, _cpus() // count), NO_GPU) for index in range(count))
-    if gpus_per_trial is not None:
-        return _joined(devices, gpus_per_trial)
-    return _shared(devices, trials_per_gpu or 1)
+    return asked
 
 
-def _joined(devices: Sequence[Gpu], each: int) -> tuple[Slot, ...]:
-    if each > len(devices):
-        raise RequestError(f"--gpus-per-trial must be at most {len(devices)}, the GPUs there are, but got {each}")
-    if each > 1 and any(gpu.uuid.startswith("MIG-") for gpu in devices):
-        raise RequestError(f"--gpus-per-trial must be 1 with MIG devices, of which CUDA uses one, but got {each}")
-    groups = [devices[start : start + each] for start in range(0, len(devices) - each + 1, each)]
-    return tuple(_gpu_slot(index, group, 1, len(groups)) for index, group in enumerate(groups))
+def granted(
+    ids: Sequence[str], sharing: int, threads: int, where: str, discover: Callable[[], Sequence[Gpu]] = nvml
+) -> tuple[Slot, ...]:
+    """Slots on GPUs that somebody else has assigned to this process: several on a single one, or one on all of them.
+
+    Args:
+        ids: As ``CUDA_VISIBLE_DEVICES`` names them.
+        sharing: Slots on a single GPU.
+        threads: CPU threads of each slot.
+        where: Names this machine among others, for GPUs that the driver library does not know and so has no UUID of.
+    """
+    found = _visible(discover(), ",".join(ids))
+    known = found if len(found) == len(ids) else [Gpu(word) for word in ids]
+    slots = [_gpu_slot(index, known, sharing, threads) for index in range(sharing)]
+    if known is found:
+        return tuple(slots)
+    return tuple(dataclasses.replace(slot, gpus=tuple(f"{where}:{word}" for word in ids)) for slot in slots)
 
 
-def _shared(devices: Sequence[Gpu], sharing: int) -> tuple[Slot, ...]:
-    # Round by round, so that the first trials of a short study spread over all GPUs.
-    places = [gpu for _ in range(sharing) for gpu in devices]
-    return tuple(_gpu_slot(index, [gpu], sharing, len(places)) for index, gpu in enumerate(places))
-
-
-def _gpu_slot(index: int, devices: Sequence[Gpu], sharing: int, count: int) -> Slot:
+def _gpu_slot(index: int, devices: Sequence[Gpu], sharing: int, threads: int) -> Slot:
     uuids = tuple(gpu.uuid for gpu in devices)
     env = {VISIBLE: ",".join(uuids), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     limit = None
@@ -162,7 +193,7 @@ def _gpu_slot(index: int, devices: Sequence[Gpu], sharing: int, count: int) -> S
         sizes = [gpu.memory_mib for gpu in devices if gpu.memory_mib is not None]
         limit = int(min(sizes) * _USABLE / sharing) if sizes else None
     share = 1 / sharing if sharing > 1 else None
-    return Slot(index, max(1, _cpus() // count), env, uuids, share, limit)
+    return Slot(index, max(1, threads), env, uuids, share, limit)
 
 
 def _visible(found: Sequence[Gpu], inherited: str | None) -> list[Gpu]:
@@ -206,7 +237,7 @@ def _chosen(visible: Sequence[Gpu], words: str | None) -> list[Gpu]:
     return chosen
 
 
-def _cpus() -> int:
+def cpus() -> int:
     """CPUs that this process may use: not those that its affinity or its container keeps from it."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):

@@ -56,9 +56,7 @@ def start_executor(
         secrecy.scrub_file(log)
     executor = LocalExecutor(
         slots,
-        start_method=start_method,
-        preload=["search.harness.training", "search.harness.worker", "search.harness.preflight", *problem.imports()],
-        path=[str(Path(problem.path).parent), os.getcwd()],
+        **processes(problem, start_method),
         log=folder / "template.log",
         template_threads=slots[0].threads,
         hold=hold,
@@ -66,6 +64,13 @@ def start_executor(
     )
     executor.start()
     return executor
+
+
+def processes(problem: Problem, start_method: str | None) -> dict[str, Any]:
+    """How the processes for one space are made, as arguments of ``LocalExecutor``."""
+    own = ["search.harness.training", "search.harness.worker", "search.harness.preflight"]
+    path = [str(Path(problem.path).parent), os.getcwd()]
+    return {"start_method": start_method, "preload": [*own, *problem.imports()], "path": path}
 
 
 def supervisor(config: StudyConfig, executor: Executor) -> Supervisor:
@@ -105,6 +110,20 @@ def check_ends(config: StudyConfig, slots: Sequence[Slot]) -> None:
         raise RequestError(
             f"--max-gpu-hours {config.max_gpu_hours:g} counts GPUs, but trials here have none; use --timeout SECONDS"
         )
+
+
+def slots(config: StudyConfig) -> tuple[Slot, ...]:
+    """This machine's places for jobs; of a study on a cluster, one for those that stay here.
+
+    Raises:
+        RequestError: If what was asked for cannot be had, see ``devices.slots`` and ``check_ends``.
+    """
+    if config.ray is not None:
+        found = devices.slots(None, config.gpus, None, None)
+        return found[:1] if found[0].gpus else one_slot()
+    found = devices.slots(config.workers, config.gpus, config.trials_per_gpu, config.gpus_per_trial)
+    check_ends(config, found)
+    return found
 
 
 def one_slot() -> tuple[Slot, ...]:

@@ -27,9 +27,18 @@ class Slots:
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self._slots = tuple(slots)
-        self._free = {slot.index for slot in slots}
+        self._busy: set[int] = set()
         self._kept: dict[int, frozenset[int]] = {}  # index of a slot with a trial that is alone, to those kept empty
         self._awaited: frozenset[int] = frozenset()  # slots that are being emptied
+
+    @property
+    def _free(self) -> set[int]:
+        return {slot.index for slot in self._slots} - self._busy
+
+    def offer(self, slots: Sequence[Slot]) -> None:
+        """These are all from now on, as where machines come and go; trials in slots that are gone may end there."""
+        if (given := tuple(slots)) != self._slots:
+            self._slots, self._awaited = given, frozenset()
 
     def take(self, alone: Alone | None = None) -> Slot | None:
         """A slot to run in, or None if there is none now.
@@ -42,19 +51,19 @@ class Slots:
             usable = [slot for slot in self._slots if slot.index in self._free - blocked - self._awaited]
             if not usable:
                 return None
-            self._free.remove(usable[0].index)
+            self._busy.add(usable[0].index)
             return usable[0]
         around = {slot.index: self._around(slot, alone) for slot in self._slots}
         ready = [slot for slot in self._slots if {slot.index, *around[slot.index]} <= self._free - blocked]
         if not ready:
-            if not self._awaited:
+            if not self._awaited and self._slots:
                 least = min(self._slots, key=lambda slot: (len(around[slot.index] - self._free), slot.index))
                 self._awaited = around[least.index] | {least.index}
             return None
         chosen = ready[0]
         self._awaited = frozenset()
         self._kept[chosen.index] = around[chosen.index]
-        self._free.remove(chosen.index)
+        self._busy.add(chosen.index)
         return chosen.whole()
 
     def gpus(self, slot: Slot) -> float:
@@ -65,7 +74,7 @@ class Slots:
 
     def give_back(self, slot: Slot) -> None:
         """The trial in this slot is over."""
-        self._free.add(slot.index)
+        self._busy.discard(slot.index)
         self._kept.pop(slot.index, None)
 
     def _around(self, slot: Slot, alone: Alone) -> frozenset[int]:
@@ -74,5 +83,7 @@ class Slots:
         return frozenset(
             other.index
             for other in self._slots
-            if other.index != slot.index and (everywhere or set(other.gpus) & set(slot.gpus))
+            if other.index != slot.index
+            and other.machine == slot.machine
+            and (everywhere or set(other.gpus) & set(slot.gpus))
         )

@@ -26,6 +26,15 @@ def as_json(command: Any) -> Any:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
+def ray(command: Any) -> Any:
+    """Where trials run."""
+    return click.option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Run trials on a Ray cluster: HOST:PORT, auto, or local for a private one; for resume also none.",
+    )(command)
+
+
 def disk(command: Any) -> Any:
     """What a study may leave on disk."""
     command = click.option(
