@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -25,6 +25,7 @@ Conditions = tuple[tuple[str, tuple[Value, ...]], ...]
 Signature = tuple[tuple[str, Value], ...]
 
 _TRACES = 200  # of each sort: far beyond what branches need, and learning from them stays in milliseconds
+_SIGNATURES = 10_000  # that are remembered: they are large, and quickly worked out again
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,7 @@ class Space:
 
     @cached_property
     def _signatures(self) -> dict[frozenset[tuple[str, Value]], Signature]:
-        return {}  # every proposal is compared with the whole history
-
-    @cached_property
-    def _known(self) -> dict[int, tuple[Params, Signature]]:
-        return {}  # by identity, which is an order of magnitude faster to find
+        return {}  # the same one is asked for a few times, as it is proposed and as it runs
 
     @cached_property
     def _tree(self) -> TraceTree:
@@ -238,6 +235,8 @@ class Space:
         """Hashable and equal for configurations that build the same model."""
         given = frozenset(params.items())
         if given not in self._signatures:
+            if len(self._signatures) == _SIGNATURES:
+                self._signatures.clear()
             self._signatures[given] = tuple(sorted(self.restricted(params).items()))
         return self._signatures[given]
 
@@ -257,14 +256,6 @@ class Space:
         )
         return tuple(self.declared[number] for number in kept)
 
-    def signatures(self, recorded: Iterable[Params]) -> Iterator[Signature]:
-        """Those of configurations that do not change any more, as a history's do not: each is worked out once."""
-        for params in recorded:
-            known = self._known.get(id(params))
-            if known is None or known[0] is not params:
-                known = self._known[id(params)] = params, self.signature(params)
-            yield known[1]
-
     def sample(self, rng: random.Random) -> dict[str, Value]:
         """A configuration from the prior: active parameters only."""
         return self.walk(lambda parameter: parameter.domain.sample(rng))
@@ -281,7 +272,7 @@ class Space:
         """
         return self._configurations({}, {}, finite=True)
 
-    def unseen(self, seen: AbstractSet[Signature], like: Params | None = None) -> dict[str, Value] | None:
+    def unseen(self, seen: Container[Signature], like: Params | None = None) -> dict[str, Value] | None:
         """A configuration whose signature is not in ``seen``, near to ``like``; None if all are."""
         for params in self._configurations({}, like or {}, finite=False):
             if self.signature(params) not in seen:

@@ -5,14 +5,17 @@ An end lets no further trial begin; those that run may finish, and confirmations
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from search.trial import Trial, TrialState, searched
+from search.record.trials import Open, Trials
+from search.trial import Trial, TrialState
 
 _SPENT = "spent"
+_Span = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -37,21 +40,24 @@ class Ends:
         """Which end is reached: ``complete`` for all trials, ``target``, ``stale``, ``timeout`` or ``gpu_hours``.
 
         Args:
+            history: Those that are queued count nothing.
             direction: ``"min"`` or ``"max"``.
             now: Seconds since the Unix epoch.
             since: When the driver of the trials that run began. A trial that an earlier one left running counts
                 when it runs again.
         """
-        found = searched(history)
-        if len(found) >= self.trials:
-            return "complete"
-        if self.target is not None and any(_reaches(trial, self.target, direction) for trial in found):
+        known = Trials.of(history)
+        ended, running = known.follower(_Ended), known.follower(Open).trials.values()
+        if ended.searched + len(running) >= self.trials:  # else there is no need to look at each
+            if ended.searched + sum(trial.confirms is None and not trial.is_queued for trial in running) >= self.trials:
+                return "complete"
+        if self.target is not None and ended.reaches(self.target, direction):
             return "target"
-        if self.stale is not None and stale(found) >= self.stale:
+        if self.stale is not None and ended.stale() >= self.stale:
             return "stale"
-        if self.timeout is not None and busy(history, now, since) >= self.timeout:
+        if self.timeout is not None and ended.busy(_spans(running, now, since)) >= self.timeout:
             return "timeout"
-        if self.gpu_hours is not None and gpu_hours(history, now, since) >= self.gpu_hours:
+        if self.gpu_hours is not None and ended.gpu_hours + _gpu_hours(running, now, since) >= self.gpu_hours:
             return "gpu_hours"
         return None
 
@@ -74,13 +80,7 @@ def stale(trials: Iterable[Trial]) -> int:
     Where a metric has none, or nobody asked for it when the trial ran, every better score is. Pruned trials gain
     nothing; failed ones say nothing, and do not count, nor does any before the first that completes.
     """
-    bar, count = math.inf, 0
-    done = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    for trial in sorted(done, key=lambda trial: (trial.ended or 0.0, trial.number)):
-        count += bar < math.inf
-        if trial.state is TrialState.COMPLETE and trial.loss is not None and trial.loss < bar:
-            bar, count = trial.loss - (trial.extra.get("error") or 0.0), 0
-    return count
+    return Trials.of(list(trials)).follower(_Ended).stale()
 
 
 def busy(trials: Iterable[Trial], now: float = 0.0, since: float = math.inf) -> float:
@@ -89,16 +89,14 @@ def busy(trials: Iterable[Trial], now: float = 0.0, since: float = math.inf) -> 
     Args:
         now, since: As of ``Ends.reached``; without them only trials that have ended count.
     """
-    total, until = 0.0, 0.0
-    for begin, end, _ in sorted(_spans(trials, now, since)):
-        total += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return total
+    known = Trials.of(list(trials))
+    return known.follower(_Ended).busy(_spans(known.follower(Open).trials.values(), now, since))
 
 
 def gpu_hours(trials: Iterable[Trial], now: float, since: float) -> float:
     """Hours of all attempts of all trials, each times its share of a GPU, or the number of GPUs that it had."""
-    return sum(gpus * (end - begin) / 3600 for begin, end, gpus in _spans(trials, now, since))
+    known = Trials.of(list(trials))
+    return known.follower(_Ended).gpu_hours + _gpu_hours(known.follower(Open).trials.values(), now, since)
 
 
 def spent(trial: Trial, now: float) -> dict[str, Any]:
@@ -120,7 +118,80 @@ def _spans(trials: Iterable[Trial], now: float, since: float) -> list[tuple[floa
     return found
 
 
-def _reaches(trial: Trial, target: float, direction: str) -> bool:
-    if trial.state is not TrialState.COMPLETE or trial.score is None:
-        return False
-    return trial.score >= target if direction == "max" else trial.score <= target
+def _gpu_hours(trials: Iterable[Trial], now: float, since: float) -> float:
+    return sum(gpus * (end - begin) / 3600 for begin, end, gpus in _spans(trials, now, since))
+
+
+def _when(trial: Trial) -> tuple[float, int]:
+    return trial.ended or 0.0, trial.number
+
+
+def _join(spans: list[_Span], begin: float, end: float) -> None:
+    """Adds a span of time to some that are in order and do not touch, as the result does not."""
+    first = bisect.bisect_left(spans, begin, key=lambda span: span[1])
+    last = bisect.bisect_right(spans, end, key=lambda span: span[0])
+    if first < last:
+        begin, end = min(begin, spans[first][0]), max(end, spans[last - 1][1])
+    spans[first:last] = [(begin, end)]
+
+
+class _Ended:
+    """What the ends of a search count of the trials that have ended; see ``Follower``.
+
+    Attributes:
+        searched: Trials of the search; gpu_hours: of all trials.
+    """
+
+    def __init__(self) -> None:
+        self.searched, self.gpu_hours = 0, 0.0
+        self._lowest, self._highest = math.inf, -math.inf  # scores
+        self._spans: list[_Span] = []  # in which any ran
+        self._total = 0.0  # seconds of these
+        self._done: list[Trial] = []  # of the search, by when they ended
+        self._counted, self._bar, self._stale = 0, math.inf, 0  # how many of them, and what they come to
+
+    def take(self, place: int, trial: Trial) -> None:
+        """See ``Follower.take``."""
+        if not trial.state.is_finished:
+            return
+        self.gpu_hours += _gpu_hours([trial], 0.0, math.inf)
+        for begin, end, _ in _spans([trial], 0.0, math.inf):
+            if begin < end:
+                self._total += end - begin - self._covered(begin, end)
+                _join(self._spans, begin, end)
+        if trial.confirms is not None:
+            return
+        self.searched += 1
+        if trial.state is TrialState.COMPLETE and trial.score is not None:
+            self._lowest, self._highest = min(self._lowest, trial.score), max(self._highest, trial.score)
+        if trial.state is not TrialState.FAILED:
+            at = bisect.bisect_left(self._done, _when(trial), key=_when)
+            self._done.insert(at, trial)
+            if at < self._counted:  # the clock was put back
+                self._counted, self._bar, self._stale = 0, math.inf, 0
+
+    def reaches(self, target: float, direction: str) -> bool:
+        """Whether the best score is as good as this."""
+        return self._highest >= target if direction == "max" else self._lowest <= target
+
+    def stale(self) -> int:
+        """See the function."""
+        for trial in self._done[self._counted :]:
+            self._stale += self._bar < math.inf
+            if trial.state is TrialState.COMPLETE and trial.loss is not None and trial.loss < self._bar:
+                self._bar, self._stale = trial.loss - (trial.extra.get("error") or 0.0), 0
+        self._counted = len(self._done)
+        return self._stale
+
+    def busy(self, running: Iterable[tuple[float, float, float]]) -> float:
+        """Seconds in which any trial ran, with these that have not ended."""
+        more: list[_Span] = []
+        for begin, end, _ in running:
+            if begin < end:
+                _join(more, begin, end)
+        return self._total + sum(end - begin - self._covered(begin, end) for begin, end in more)
+
+    def _covered(self, begin: float, end: float) -> float:
+        first = bisect.bisect_left(self._spans, begin, key=lambda span: span[1])
+        last = bisect.bisect_right(self._spans, end, key=lambda span: span[0])
+        return sum(min(end, until) - max(begin, since) for since, until in self._spans[first:last])

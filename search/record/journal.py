@@ -307,6 +307,13 @@ class Journal:
         self._refresh()
         return self._now.length
 
+    @property
+    def now(self) -> History:
+        """What all events add up to, alive: only to be looked at before the next one, and another object after a write
+        that failed. Costs nothing, however many trials there are."""
+        self._refresh()
+        return self._now
+
     def history(self, length: int | None = None) -> tuple[Trial, ...]:
         """All trials in number order, as they were after the first ``length`` events (default: now)."""
         return self._state(length).trials()

@@ -1,0 +1,145 @@
+"""What a decision costs does not grow with the study: steps of Python are counted, since seconds depend on the machine.
+
+A step is a line that is executed, each round of a loop or of a comprehension being one more. The limits are far below
+the number of trials or slots that are there, and far above what was counted.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from search.definition.domain import Domain
+from search.definition.space import Parameter, Space
+from search.loop.ends import Ends, busy, gpu_hours, stale
+from search.record.trials import Open, Trials
+from search.samplers import get_sampler, propose
+from search.trial import Trial, TrialState, searched
+from tests.test_driver import RATE, UNITS
+
+MANY = 2000
+NEVER = 10**12
+EVERY_END = Ends(NEVER, timeout=NEVER, stale=NEVER, gpu_hours=NEVER, target=-NEVER)
+
+
+def steps(work: Callable[[], Any]) -> int:
+    """How many steps a call takes, those of all that it calls included."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def space_of(*parameters: Parameter) -> Space:
+    return Space.empty().grown([{**p.to_json(), "value": p.domain.default} for p in parameters])
+
+
+def trial_of(number: int, space: Space, state: TrialState = TrialState.COMPLETE) -> Trial:
+    params, at = space.sample(random.Random(number)), float(number)
+    known = {"started": at, "params": params, "extra": {"gpus": 1}}
+    if state is TrialState.RUNNING:
+        return Trial(number, state, **known)
+    loss = random.Random(-number).random()
+    return Trial(number, state, score=loss, loss=loss, ended=at + 3, epochs=number % 7, **known)
+
+
+def test_what_ends_a_search_is_counted_as_trials_end() -> None:
+    space = space_of(RATE, UNITS)
+    trials = Trials([trial_of(number, space) for number in range(MANY)])
+    EVERY_END.reached(trials, "min", MANY, 0.0)
+    trials.put(trial_of(MANY, space, TrialState.RUNNING))
+    trials.put(trial_of(MANY, space))
+    assert steps(lambda: EVERY_END.reached(trials, "min", MANY, 0.0)) < 150
+
+
+def test_what_ends_a_search_is_the_same_step_by_step_and_at_once() -> None:
+    """Trials that end in any order, run again, overlap, confirm, and a clock that is put back."""
+    space, dice, growing = space_of(RATE, UNITS), random.Random(3), Trials()
+    known: dict[int, Trial] = {}
+    for step in range(300):
+        number, at = dice.randrange(step + 1), float(dice.randrange(50))
+        before = known.get(number)
+        if before is not None and before.state.is_finished:
+            continue
+        state = TrialState.RUNNING if before is None else dice.choice([*TrialState][1:4])
+        extra = {"gpus": dice.choice([0, 0.5, 2]), "spent": [[at, at + 1.0, 1]] * dice.randrange(2)}
+        known[number] = Trial(
+            number,
+            state,
+            params=space.sample(dice),
+            confirms=0 if number % 5 == 4 else None,
+            started=at,
+            ended=None if state is TrialState.RUNNING else at + dice.randrange(9),
+            loss=None if state is TrialState.RUNNING else float(dice.randrange(9)),
+            score=1.0,
+            extra=extra,
+        )
+        growing.put(known[number])
+        whole = [known[number] for number in sorted(known)]
+        assert list(growing) == whole
+        for ends in (Ends(20), Ends(NEVER, target=0.5), Ends(NEVER, stale=4), Ends(NEVER, timeout=40.0)):
+            assert ends.reached(growing, "min", 60.0, 0.0) == ends.reached(whole, "min", 60.0, 0.0)
+        spans = [
+            (t.started, 60.0 if t.ended is None else t.ended, t.extra["gpus"]) for t in whole if t.started is not None
+        ] + [tuple(span) for t in whole for span in t.extra["spent"]]
+        assert busy(whole, 60.0, 0.0) == sum(any(a <= s < b for a, b, _ in spans) for s in range(60))
+        assert gpu_hours(whole, 60.0, 0.0) == pytest.approx(sum(gpus * (b - a) / 3600 for a, b, gpus in spans))
+        assert stale(whole) == _stale(searched(whole))
+        running = growing.follower(Open).trials
+        assert sorted(running) == [place for place, trial in enumerate(whole) if not trial.state.is_finished]
+
+
+def _stale(trials: Sequence[Trial]) -> int:
+    done = sorted((t for t in trials if t.state.is_finished), key=lambda t: (t.ended, t.number))
+    bar, count = float("inf"), 0
+    for trial in done:
+        count += bar < float("inf")
+        if trial.state is TrialState.COMPLETE and trial.loss is not None and trial.loss < bar:
+            bar, count = trial.loss, 0
+    return count
+
+
+@pytest.mark.parametrize("name", ["random", "tpe"])
+def test_a_proposal_does_not_look_at_the_whole_history(name: str) -> None:
+    space, sampler = space_of(RATE, UNITS), get_sampler(name)
+    found = []
+    for count in (MANY // 2, MANY):
+        trials = Trials([trial_of(number, space) for number in range(count)])
+        propose(sampler, trials, space, 1)
+        trials.put(trial_of(count, space, TrialState.RUNNING))
+        trials.put(trial_of(count, space))
+        found.append(steps(lambda trials=trials: propose(sampler, trials, space, 2)))  # type: ignore[misc]
+    assert found[1] < 1.2 * found[0]
+
+
+@pytest.mark.parametrize("name", ["random", "tpe"])
+def test_proposals_are_the_same_from_a_sequence_that_grows_and_from_one_that_is_whole(name: str) -> None:
+    """Of a space of 60 configurations, so that most proposals are duplicates and the last one is None."""
+    units = Parameter("units", "units", (), Domain("int", 1, 20, 1, default=4))
+    kind = Parameter("kind", "kind", (), Domain("choice", values=("a", "b", "c"), default="a"))
+    space, growing, dice = space_of(units, kind), Trials(), random.Random(5)
+    for number in range(61):
+        seed = dice.randrange(5)
+        proposal = propose(get_sampler(name), growing, space, seed)
+        assert proposal == propose(get_sampler(name), list(growing), space, seed)
+        if proposal is None:
+            break
+        growing.put(Trial(number, TrialState.RUNNING, params=proposal.params))
+        if dice.random() < 0.7:
+            growing.put(Trial(number, TrialState.COMPLETE, params=proposal.params, loss=dice.random(), score=0.0))
+    assert proposal is None and number == 60
