@@ -16,7 +16,9 @@ import pytest
 
 from search.definition.domain import Domain
 from search.definition.space import Parameter, Space
+from search.executors import Slot
 from search.loop.ends import Ends, busy, gpu_hours, stale
+from search.processes.slots import Slots
 from search.record.trials import Open, Trials
 from search.samplers import get_sampler, propose
 from search.trial import Trial, TrialState, searched
@@ -56,6 +58,15 @@ def trial_of(number: int, space: Space, state: TrialState = TrialState.COMPLETE)
         return Trial(number, state, **known)
     loss = random.Random(-number).random()
     return Trial(number, state, score=loss, loss=loss, ended=at + 3, epochs=number % 7, **known)
+
+
+def test_a_slot_is_found_without_looking_at_all_of_them() -> None:
+    seats = Slots([Slot(n, 1) for n in range(MANY)])
+    for _ in range(MANY // 2):
+        seats.take()
+    assert steps(seats.take) < 20
+    shared = Slots([Slot(n, 1, gpus=(str(n // 2),), memory_share=0.5) for n in range(MANY)])
+    assert steps(lambda: shared.gpus(Slot(0, 1, gpus=("0",), memory_share=0.5))) < 20
 
 
 def test_what_ends_a_search_is_counted_as_trials_end() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Sequence
 
 from search.executors import Slot
@@ -27,6 +28,7 @@ class Slots:
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self._slots = tuple(slots)
+        self._sharing = Counter(gpu for slot in slots for gpu in slot.gpus)
         self._free = {slot.index for slot in slots}
         self._kept: dict[int, frozenset[int]] = {}  # index of a slot with a trial that is alone, to those kept empty
         self._awaited: frozenset[int] = frozenset()  # slots that are being emptied
@@ -39,11 +41,12 @@ class Slots:
         """
         blocked = frozenset().union(*self._kept.values())
         if alone is None:
-            usable = [slot for slot in self._slots if slot.index in self._free - blocked - self._awaited]
+            usable = self._free - blocked - self._awaited
             if not usable:
                 return None
-            self._free.remove(usable[0].index)
-            return usable[0]
+            first = min(usable)
+            self._free.remove(first)
+            return self._slots[first]
         around = {slot.index: self._around(slot, alone) for slot in self._slots}
         ready = [slot for slot in self._slots if {slot.index, *around[slot.index]} <= self._free - blocked]
         if not ready:
@@ -61,7 +64,7 @@ class Slots:
         """How many GPUs a trial in this slot has; of one that is shared, its share."""
         if slot.memory_share is None:
             return float(len(slot.gpus))
-        return sum(1 / sum(gpu in other.gpus for other in self._slots) for gpu in slot.gpus)
+        return sum(1 / self._sharing[gpu] for gpu in slot.gpus)
 
     def give_back(self, slot: Slot) -> None:
         """The trial in this slot is over."""
