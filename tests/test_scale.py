@@ -18,10 +18,11 @@ from search.definition.domain import Domain
 from search.definition.space import Parameter, Space
 from search.executors import Slot
 from search.loop.ends import Ends, busy, gpu_hours, stale
+from search.loop.pruners import Pruning, get_pruner
 from search.processes.slots import Slots
 from search.record.trials import Open, Trials
 from search.samplers import get_sampler, propose
-from search.trial import Trial, TrialState, searched
+from search.trial import Report, Trial, TrialState, searched
 from tests.test_driver import RATE, UNITS
 
 MANY = 2000
@@ -67,6 +68,33 @@ def test_a_slot_is_found_without_looking_at_all_of_them() -> None:
     assert steps(seats.take) < 20
     shared = Slots([Slot(n, 1, gpus=(str(n // 2),), memory_share=0.5) for n in range(MANY)])
     assert steps(lambda: shared.gpus(Slot(0, 1, gpus=("0",), memory_share=0.5))) < 20
+
+
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_a_trial_at_a_rung_is_not_compared_with_each_other_one(name: str) -> None:
+    pruning = Pruning(get_pruner(name), "val_loss", "min", 1, lambda: 9)
+
+    def asks(number: int) -> bool:
+        trial = Trial(number, TrialState.RUNNING)
+        pruning.heard(trial, Report(number, 0, 1, 0.0, {"val_loss": random.Random(number).random()}))
+        return pruning.stops(trial, 1)
+
+    for number in range(1, MANY):
+        asks(number)
+    assert steps(lambda: asks(MANY)) < 200
+
+
+def test_an_attempt_that_is_followed_by_another_is_compared_with_none() -> None:
+    pruning = Pruning(get_pruner("asha"), "val_loss", "min", 1, lambda: 9)
+    heard = lambda number, attempt, value: pruning.heard(  # noqa: E731
+        Trial(number, TrialState.RUNNING, attempt=attempt), Report(number, attempt, 1, 0.0, {"val_loss": value})
+    )
+    for number in range(1, 4):
+        heard(number, 0, 0.5)
+    assert not pruning.stops(Trial(1), 1)
+    heard(2, 1, 0.1)  # twice as good the second time
+    heard(3, 1, 0.2)
+    assert pruning.stops(Trial(1), 1) and not pruning.stops(Trial(2), 1)
 
 
 def test_what_ends_a_search_is_counted_as_trials_end() -> None:
