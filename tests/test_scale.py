@@ -6,6 +6,7 @@ the number of trials or slots that are there, and far above what was counted.
 
 from __future__ import annotations
 
+import io
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from search.definition.domain import Domain
 from search.definition.space import Parameter, Space
@@ -22,7 +24,8 @@ from search.loop.pruners import Pruning, get_pruner
 from search.processes.slots import Slots
 from search.record.trials import Open, Trials
 from search.samplers import get_sampler, propose
-from search.trial import Report, Trial, TrialState, searched
+from search.shown.view import View
+from search.trial import Report, Trial, TrialState, best, searched
 from tests.test_driver import RATE, UNITS
 
 MANY = 2000
@@ -95,6 +98,19 @@ def test_an_attempt_that_is_followed_by_another_is_compared_with_none() -> None:
     heard(2, 1, 0.1)  # twice as good the second time
     heard(3, 1, 0.2)
     assert pruning.stops(Trial(1), 1) and not pruning.stops(Trial(2), 1)
+
+
+def test_the_live_view_does_not_count_all_trials_again() -> None:
+    space, out = space_of(RATE, UNITS), io.StringIO()
+    plain, live = View(Console(file=out), MANY), View(Console(file=out, force_terminal=True), MANY)
+    trials = [trial_of(number, space) for number in range(MANY)]
+    for trial in trials[:-1]:
+        plain._count(trial)
+        live._count(trial)
+    assert steps(lambda: plain._line(trials[-1])) < 100
+    assert steps(live._summary) < 100
+    winner = best(trials[:-1])
+    assert winner is not None and f"(trial {winner.number})" in live._summary() and "1999 of 2000" in live._summary()
 
 
 def test_what_ends_a_search_is_counted_as_trials_end() -> None:
