@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import random
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -22,11 +23,12 @@ from search.executors import Slot
 from search.loop.ends import Ends, busy, gpu_hours, stale
 from search.loop.pruners import Pruning, get_pruner
 from search.processes.slots import Slots
+from search.record.journal import Journal
 from search.record.trials import Open, Trials
 from search.samplers import get_sampler, propose
 from search.shown.view import View
 from search.trial import Report, Trial, TrialState, best, searched
-from tests.test_driver import RATE, UNITS
+from tests.test_driver import RATE, UNITS, driver, journal, study  # noqa: F401
 
 MANY = 2000
 NEVER = 10**12
@@ -198,3 +200,36 @@ def test_proposals_are_the_same_from_a_sequence_that_grows_and_from_one_that_is_
         if dice.random() < 0.7:
             growing.put(Trial(number, TrialState.COMPLETE, params=proposal.params, loss=dice.random(), score=0.0))
     assert proposal is None and number == 60
+
+
+def test_a_trial_of_a_long_search_costs_the_driver_what_one_of_a_short_search_did(journal: Journal) -> None:  # noqa: F811
+    class Counting(View):
+        at: list[int] = []
+
+        def ended(self, trial: Trial) -> None:
+            super().ended(trial)
+            self.at.append(count)
+
+    count = 0
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    made = driver(
+        journal,
+        study(RATE, UNITS, score=lambda p: p["rate"]),
+        trials=240,
+        ends=Ends(240, timeout=NEVER, stale=NEVER, gpu_hours=NEVER, target=NEVER),
+        watcher=Counting(Console(file=io.StringIO()), 240),
+        pruning=Pruning(get_pruner("asha"), "loss", "min", 1, lambda: 2),
+    )
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        assert made.run() == "complete"
+    finally:
+        sys.settrace(before)
+    each = [later - earlier for earlier, later in zip(Counting.at, Counting.at[1:], strict=False)]
+    assert statistics.median(each[-40:]) < 1.1 * statistics.median(each[20:60])
