@@ -109,7 +109,8 @@ def spent(trial: Trial, now: float) -> dict[str, Any]:
 def _spans(trials: Iterable[Trial], now: float, since: float) -> list[tuple[float, float, float]]:
     found = []
     for trial in trials:
-        found += [(begin, end, gpus) for begin, end, gpus in trial.extra.get(_SPENT, [])]
+        if _SPENT in trial.extra:
+            found += [(begin, end, gpus) for begin, end, gpus in trial.extra[_SPENT]]
         gpus = float(trial.extra.get("gpus", 0))
         if trial.started is not None and trial.ended is not None:
             found.append((trial.started, trial.ended, gpus))
@@ -185,11 +186,12 @@ class _Ended:
 
     def busy(self, running: Iterable[tuple[float, float, float]]) -> float:
         """Seconds in which any trial ran, with these that have not ended."""
-        more: list[_Span] = []
-        for begin, end, _ in running:
+        total, until = self._total, -math.inf
+        for begin, end, _ in sorted(running):
+            begin = max(begin, until)
             if begin < end:
-                _join(more, begin, end)
-        return self._total + sum(end - begin - self._covered(begin, end) for begin, end in more)
+                total, until = total + end - begin - self._covered(begin, end), end
+        return total
 
     def _covered(self, begin: float, end: float) -> float:
         first = bisect.bisect_left(self._spans, begin, key=lambda span: span[1])
