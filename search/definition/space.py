@@ -113,6 +113,14 @@ class Space:
         return {}  # the same one is asked for a few times, as it is proposed and as it runs
 
     @cached_property
+    def _last(self) -> list[tuple[Sequence[Ask], list[int | None]]]:
+        return []  # see ``_placed``
+
+    @cached_property
+    def _is_full(self) -> bool:
+        return sum(not trace.complete for trace in self.traces) >= _TRACES
+
+    @cached_property
     def _tree(self) -> TraceTree:
         counts = (parameter.domain.count for parameter in self.declared)
         return TraceTree(self.traces, [math.inf if count is None else count for count in counts])
@@ -124,15 +132,16 @@ class Space:
             asks: Of a build that returned; one that raised does not tell what it would have asked next.
             complete: False if training was not traced to its end, so that more might have followed.
         """
-        declared = list(self.declared)
-        numbers = dict(self._numbers)
+        declared, numbers = self.declared, self._numbers
         asked: dict[int, Value | None] = {}
-        for ask in asks:
-            parameter = Parameter.from_json(ask, {known.key for known in declared})
-            if parameter.identity not in numbers:
-                numbers[parameter.identity] = len(declared)
-                declared.append(parameter)
-            asked.setdefault(numbers[parameter.identity], ask["value"])
+        for ask, place in zip(asks, self._placed(asks), strict=True):
+            if place is None:
+                parameter = Parameter.from_json(ask, {known.key for known in declared})
+                if parameter.identity not in numbers:
+                    numbers = {**numbers, parameter.identity: len(declared)}
+                    declared = (*declared, parameter)
+                place = numbers[parameter.identity]
+            asked.setdefault(place, ask["value"])
         trace = Trace(tuple(asked), tuple(asked.values()), complete)
         if len(declared) == len(self.declared) and not self._is_news(trace):
             return self
@@ -140,7 +149,7 @@ class Space:
         same = [old for old in kept if old.complete == complete]
         if len(same) >= _TRACES:
             kept.remove(same[0])
-        return Space(tuple(declared), (*kept, trace))
+        return Space(declared, (*kept, trace))
 
     def succeeded_by(self, other: Space) -> Space:
         """The space of a changed module: what ``other`` builds, with our parameters still known by their keys.
@@ -162,8 +171,7 @@ class Space:
     def _is_news(self, trace: Trace) -> bool:
         if not trace.complete:
             # All of discovery is kept: what changing a value did *not* do is evidence too.
-            full = sum(not old.complete for old in self.traces) >= _TRACES
-            return not full and trace not in self.traces
+            return not self._is_full and trace not in self.traces
         if any(old.extends(trace) for old in self.traces if old.complete):
             return False
         given = dict(zip(trace.asked, trace.values, strict=True))
@@ -179,11 +187,20 @@ class Space:
             KeyError: If the space has not grown by these asks.
         """
         params: dict[str, Value] = {}
-        for ask in asks:
+        for ask, place in zip(asks, self._placed(asks), strict=True):
             if ask["value"] is not None:
-                number = self._numbers[Parameter.from_json(ask).identity]
-                params[self.declared[number].key] = ask["value"]
+                if place is None:
+                    raise KeyError(ask["name"])
+                params[self.declared[place].key] = ask["value"]
         return params
+
+    def _placed(self, asks: Sequence[Ask]) -> list[int | None]:
+        """The number of the parameter of each ask; None for one that is new."""
+        # The same asks come several times on end: to be checked, to grow the space, and for the trial's parameters.
+        if not self._last or self._last[0][0] is not asks or len(self._last[0][1]) != len(asks):
+            found = [self._numbers.get(Parameter.from_json(ask).identity) for ask in asks]
+            self._last[:] = [(asks, found)]
+        return self._last[0][1]
 
     def _advance(self, asked: dict[int, Value | None]) -> int | None:
         """Number of the next active parameter; passes over inactive ones, noting them in ``asked``."""

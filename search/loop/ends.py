@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from search.record.trials import Open, Trials
+from search.record.trials import Trials
 from search.trial import Trial, TrialState
 
 _SPENT = "spent"
 _Span = tuple[float, float]
+_Use = tuple[float, float, float]  # begin, end, and GPUs
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,17 @@ class Ends:
                 when it runs again.
         """
         known = Trials.of(history)
-        ended, running = known.follower(_Ended), known.follower(Open).trials.values()
-        if ended.searched + len(running) >= self.trials:  # else there is no need to look at each
-            if ended.searched + sum(trial.confirms is None and not trial.is_queued for trial in running) >= self.trials:
-                return "complete"
+        ended, running = known.follower(_Ended), known.follower(_Running)
+        if ended.searched + len(running.searched) >= self.trials:
+            return "complete"
         if self.target is not None and ended.reaches(self.target, direction):
             return "target"
         if self.stale is not None and ended.stale() >= self.stale:
             return "stale"
-        if self.timeout is not None and ended.busy(_spans(running, now, since)) >= self.timeout:
+        spans = [] if self.timeout is None and self.gpu_hours is None else running.spans(now, since)
+        if self.timeout is not None and ended.busy(spans) >= self.timeout:
             return "timeout"
-        if self.gpu_hours is not None and ended.gpu_hours + _gpu_hours(running, now, since) >= self.gpu_hours:
+        if self.gpu_hours is not None and ended.gpu_hours + _gpu_hours(spans) >= self.gpu_hours:
             return "gpu_hours"
         return None
 
@@ -90,13 +91,13 @@ def busy(trials: Iterable[Trial], now: float = 0.0, since: float = math.inf) -> 
         now, since: As of ``Ends.reached``; without them only trials that have ended count.
     """
     known = Trials.of(list(trials))
-    return known.follower(_Ended).busy(_spans(known.follower(Open).trials.values(), now, since))
+    return known.follower(_Ended).busy(known.follower(_Running).spans(now, since))
 
 
 def gpu_hours(trials: Iterable[Trial], now: float, since: float) -> float:
     """Hours of all attempts of all trials, each times its share of a GPU, or the number of GPUs that it had."""
     known = Trials.of(list(trials))
-    return known.follower(_Ended).gpu_hours + _gpu_hours(known.follower(Open).trials.values(), now, since)
+    return known.follower(_Ended).gpu_hours + _gpu_hours(known.follower(_Running).spans(now, since))
 
 
 def spent(trial: Trial, now: float) -> dict[str, Any]:
@@ -106,21 +107,16 @@ def spent(trial: Trial, now: float) -> dict[str, Any]:
     return {_SPENT: [*trial.extra.get(_SPENT, []), *ran]}
 
 
-def _spans(trials: Iterable[Trial], now: float, since: float) -> list[tuple[float, float, float]]:
-    found = []
-    for trial in trials:
-        if _SPENT in trial.extra:
-            found += [(begin, end, gpus) for begin, end, gpus in trial.extra[_SPENT]]
-        gpus = float(trial.extra.get("gpus", 0))
-        if trial.started is not None and trial.ended is not None:
-            found.append((trial.started, trial.ended, gpus))
-        elif trial.started is not None and trial.state is TrialState.RUNNING and trial.started >= since:
-            found.append((trial.started, now, gpus))
-    return found
+def _earlier(trial: Trial) -> list[_Use]:
+    return [(begin, end, gpus) for begin, end, gpus in trial.extra.get(_SPENT, [])]
 
 
-def _gpu_hours(trials: Iterable[Trial], now: float, since: float) -> float:
-    return sum(gpus * (end - begin) / 3600 for begin, end, gpus in _spans(trials, now, since))
+def _gpus(trial: Trial) -> float:
+    return float(trial.extra.get("gpus", 0))
+
+
+def _gpu_hours(uses: Iterable[_Use]) -> float:
+    return sum(gpus * (end - begin) / 3600 for begin, end, gpus in uses)
 
 
 def _when(trial: Trial) -> tuple[float, int]:
@@ -155,8 +151,11 @@ class _Ended:
         """See ``Follower.take``."""
         if not trial.state.is_finished:
             return
-        self.gpu_hours += _gpu_hours([trial], 0.0, math.inf)
-        for begin, end, _ in _spans([trial], 0.0, math.inf):
+        uses = _earlier(trial)
+        if trial.started is not None and trial.ended is not None:
+            uses.append((trial.started, trial.ended, _gpus(trial)))
+        self.gpu_hours += _gpu_hours(uses)
+        for begin, end, _ in uses:
             if begin < end:
                 self._total += end - begin - self._covered(begin, end)
                 _join(self._spans, begin, end)
@@ -184,7 +183,7 @@ class _Ended:
         self._counted = len(self._done)
         return self._stale
 
-    def busy(self, running: Iterable[tuple[float, float, float]]) -> float:
+    def busy(self, running: Iterable[_Use]) -> float:
         """Seconds in which any trial ran, with these that have not ended."""
         total, until = self._total, -math.inf
         for begin, end, _ in sorted(running):
@@ -197,3 +196,35 @@ class _Ended:
         first = bisect.bisect_left(self._spans, begin, key=lambda span: span[1])
         last = bisect.bisect_right(self._spans, end, key=lambda span: span[0])
         return sum(min(end, until) - max(begin, since) for since, until in self._spans[first:last])
+
+
+class _Running:
+    """The same of those that have not; see ``Follower``.
+
+    Attributes:
+        searched: Places of the search's, those that are queued left out.
+    """
+
+    def __init__(self) -> None:
+        self.searched: set[int] = set()
+        self._now: dict[int, tuple[float, float]] = {}  # by place, when it began, and its GPUs
+        self._earlier: dict[int, list[_Use]] = {}  # attempts that were given up, of few
+
+    def take(self, place: int, trial: Trial) -> None:
+        """See ``Follower.take``."""
+        self.searched.discard(place)
+        self._now.pop(place, None)
+        self._earlier.pop(place, None)
+        if trial.state.is_finished:
+            return
+        if trial.confirms is None and not trial.is_queued:
+            self.searched.add(place)
+        if trial.state is TrialState.RUNNING and trial.started is not None:
+            self._now[place] = trial.started, _gpus(trial)
+        if earlier := _earlier(trial):
+            self._earlier[place] = earlier
+
+    def spans(self, now: float, since: float) -> list[_Use]:
+        """When they ran, until now."""
+        uses = [(began, now, gpus) for began, gpus in self._now.values() if began >= since]
+        return [*uses, *(use for earlier in self._earlier.values() for use in earlier)]

@@ -73,17 +73,3 @@ class Trials(Sequence[Trial]):
 
     def __iter__(self) -> Iterator[Trial]:
         return iter(self._trials)
-
-
-class Open:
-    """The trials that have not ended, by place."""
-
-    def __init__(self) -> None:
-        self.trials: dict[int, Trial] = {}
-
-    def take(self, place: int, trial: Trial) -> None:
-        """See ``Follower.take``."""
-        if trial.state.is_finished:
-            self.trials.pop(place, None)
-        else:
-            self.trials[place] = trial

@@ -92,7 +92,7 @@ def main() -> None:
             rows.append([f"{rate:g}", *found])
             print(" | ".join(rows[-1]), flush=True)
     if rows:
-        headings = ("trials a second", "reached", "trials", "in MLflow then", "behind", "s to catch up", "a second then")
+        headings = ("trials a second", "reached", "trials", "in MLflow", "behind", "s to catch up", "a second then")
         measure.show(f"MLflow while trials of {EPOCHS} epochs end at a rate", headings, rows)
 
 
