@@ -29,11 +29,9 @@ class Trials(Sequence[Trial]):
     """A sequence that grows, and whose trials that have not ended are replaced; good until its next change."""
 
     def __init__(self, trials: Sequence[Trial] = ()) -> None:
-        self._trials: list[Trial] = []
-        self._changed = array.array("q")  # places, in order of the changes
+        self._trials = list(trials)
+        self._changed = array.array("q", range(len(self._trials)))  # places, in order of the changes
         self._followers: dict[Callable[[], Any], tuple[Any, int]] = {}
-        for trial in trials:
-            self.put(trial)
 
     @classmethod
     def of(cls, trials: Sequence[Trial]) -> Self:
