@@ -8,8 +8,8 @@ a search can have is asked for, and none is reached. The trials are not real: ea
 five epochs, waits at two rungs for the pruner, and says its result. All slots are kept filled, and of those that run
 eight end at a time. Each search has a process of its own. Then the commands that read a record read this one.
 
-What is linear costs as much CPU time a trial in the longest search as in the shortest, and in the last tenth of it as in
-all of it; a proposal is timed by the clock, over the last hundred.
+What is linear costs as much CPU time a trial in the longest search as in the shortest, and in its last tenth as in all
+of it; a proposal is timed by the clock, over the last hundred.
 
 MLflow is a server on loopback over SQLite, and the tracker is the real one. Trials end at a given rate for a while; how
 many it lacks then, and how long it takes to publish these, shows what it keeps up with.
@@ -174,7 +174,8 @@ def search(name: str, trials: int, slots: int, seed: int, scratch: str) -> list[
     size = sum(disk.size(folder / file) for file in ("journal.sqlite", "journal.copy.jsonl"))
     (began, idle), (last, cpu), late = ended[0], ended[-1], ended[-1 - trials // 10]
     each = (cpu - idle) / trials, (cpu - late[1]) / (trials // 10), statistics.median(sampler.seconds[-100:])
-    return [f"{trials / (last - began):.0f}", *(f"{1000 * one:.2f}" for one in each), f"{memory:.0f}", f"{size / 1e6:.1f}"]
+    shown = [f"{trials / (last - began):.0f}", *(f"{1000 * one:.2f}" for one in each)]
+    return [*shown, f"{memory:.0f}", f"{size / 1e6:.1f}"]
 
 
 def published(rate: float, seconds: float, slots: int, seed: int, scratch: str, uri: str) -> list[str]:
