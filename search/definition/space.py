@@ -25,7 +25,7 @@ Conditions = tuple[tuple[str, tuple[Value, ...]], ...]
 Signature = tuple[tuple[str, Value], ...]
 
 _TRACES = 200  # of each sort: far beyond what branches need, and learning from them stays in milliseconds
-_SIGNATURES = 10_000  # that are remembered: they are large, and quickly worked out again
+_SIGNATURES = 2_000  # that are remembered: they are large, and quickly worked out again
 
 
 @dataclass(frozen=True)
