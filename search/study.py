@@ -204,6 +204,12 @@ def config_of(journal: Journal) -> StudyConfig:
     return StudyConfig(**{"keep": None} | launched | (journal.get("plan") or {}))  # once, all models were kept
 
 
+def state_of(journal: Journal) -> str:
+    """The state of the study whose journal this is; see ``Study.state``."""
+    state = str(journal.get("state") or "RUNNING")
+    return "STOPPED" if state == "RUNNING" and driver_of(journal.path.parent) is None else state
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -330,8 +336,8 @@ class Study:
     @property
     def state(self) -> str:
         """``RUNNING``, ``COMPLETE``, ``FAILED``, or ``STOPPED`` (which includes a driver that died)."""
-        state = str(self.meta("state", "RUNNING"))
-        return "STOPPED" if state == "RUNNING" and driver_of(self.folder) is None else state
+        with self.journal() as journal:
+            return state_of(journal)
 
     @property
     def objective(self) -> str:

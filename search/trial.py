@@ -118,6 +118,11 @@ class Trial:
         return self.number if self.confirms is None else self.confirms
 
     @property
+    def is_queued(self) -> bool:
+        """Whether it waits and has never run: what is queued is no trial yet."""
+        return self.state is TrialState.WAITING and self.started is None
+
+    @property
     def seconds(self) -> float | None:
         """Wall-clock seconds from start to end, or None while either is missing."""
         return None if self.started is None or self.ended is None else self.ended - self.started

@@ -23,7 +23,7 @@ LAYERS = (
     {"errors"},
     {"secrecy", "moving", "stylesheet", "findings", "serving"},
     {"trial", "disk", "channel", "problem", "files", "metrics", "chain", "journal_copy", "lock", "svg"},
-    {"validation"},
+    {"validation", "trials"},
     {"rows", "assets", "domain", "traces", "ranks", "intervals", "ledger"},
     {"template", "publishing", "watcher", "finalists"},
     {"split", "streams", "journal_file", "usage", "retries", "surroundings", "supervision", "pruners", "ends"},
@@ -86,7 +86,7 @@ STDLIB_ONLY = {
     *("places", "disk", "assets", "keeping", "lifecycle", "garbage", "reserving", "pruners", "ends", "agenda"),
     # A trial's own process, which trainings are forked from.
     *("validation", "folding"),
-    *("board", "serving", "architecture"),
+    *("board", "serving", "architecture", "trials"),
     *("mirror", "imported", "connecting", "launching", "agent", "sources"),
 }
 

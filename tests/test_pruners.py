@@ -22,7 +22,7 @@ from search.executors.inline import InlineExecutor
 from search.guard.finalists import Confirmation, plan
 from search.harness.rungs import asking
 from search.loop import keeping
-from search.loop.pruners import ETA, PRUNERS, Asha, Curve, Median, Pruning, default_grace, get_pruner
+from search.loop.pruners import ETA, PRUNERS, Asha, Curve, Median, Pruner, Pruning, default_grace, get_pruner
 from search.processes import jobs
 from search.processes.supervision import Supervisor
 from search.record.journal import Journal
@@ -47,6 +47,11 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def stops(pruner: Pruner, own: Curve, others: Sequence[Curve], step: int) -> bool:
+    """Whether a trial shall stop that is compared with these."""
+    return pruner.stops(own, sorted(pruner.worth(other, step) for other in others), step)
+
+
 # ── the rules ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -60,13 +65,13 @@ def test_rungs_begin_at_the_grace_period_and_end_before_the_last_epoch(name: str
 @given(st.sampled_from(sorted(PRUNERS)), curves())
 def test_what_is_best_at_its_rung_goes_on(name: str, found: list[Curve]) -> None:
     own = min(found, key=lambda curve: curve.best(STEP))
-    assert not get_pruner(name).stops(own, [other for other in found if other is not own], STEP)
+    assert not stops(get_pruner(name), own, [other for other in found if other is not own], STEP)
 
 
 @given(st.sampled_from(sorted(PRUNERS)), st.sampled_from([0.0, -1e300, math.inf, math.nan]), st.integers(0, 40))
 def test_nobody_stops_where_all_are_alike(name: str, value: float, others: int) -> None:
     alike = [Curve([value] * STEP) for _ in range(others)]
-    assert not get_pruner(name).stops(Curve([value] * STEP), alike, STEP)
+    assert not stops(get_pruner(name), Curve([value] * STEP), alike, STEP)
 
 
 @given(st.sampled_from(sorted(PRUNERS)), curves(), st.randoms(use_true_random=False))
@@ -74,14 +79,15 @@ def test_the_order_of_the_others_says_nothing(name: str, found: list[Curve], dic
     own, others = found[0], found[1:]
     mixed = list(others)
     dice.shuffle(mixed)
-    assert get_pruner(name).stops(own, others, STEP) == get_pruner(name).stops(own, mixed, STEP)
+    assert stops(get_pruner(name), own, others, STEP) == stops(get_pruner(name), own, mixed, STEP)
 
 
 @given(st.sampled_from(sorted(PRUNERS)), curves(st.floats(-1e6, 1e6)), st.floats(0, 1e6))
 def test_a_better_trial_is_never_stopped_where_a_worse_one_goes_on(name: str, found: list[Curve], less: float) -> None:
     own, others = found[0], found[1:]
     better = Curve([own.best(STEP) - less] * STEP)
-    assert not (get_pruner(name).stops(better, others, STEP) and not get_pruner(name).stops(own, others, STEP))
+    pruner = get_pruner(name)
+    assert not (stops(pruner, better, others, STEP) and not stops(pruner, own, others, STEP))
 
 
 @given(st.lists(VALUES, min_size=1, max_size=9))
@@ -97,15 +103,15 @@ def test_asha_lets_a_third_go_on() -> None:
     values = list(range(90))
     random.Random(0).shuffle(values)
     found = [Curve([float(value)]) for value in values]
-    last = [own for own in found if not Asha().stops(own, [other for other in found if other is not own], 1)]
+    last = [own for own in found if not stops(Asha(), own, [other for other in found if other is not own], 1)]
     assert sorted(curve.best(1) for curve in last) == list(range(90 // ETA))
 
 
 def test_a_median_needs_five_others_and_compares_with_their_means() -> None:
     others = [Curve([4.0, 2.0]) for _ in range(5)]
-    assert not Median().stops(Curve([9.0, 9.0]), others[:4], 2)
-    assert Median().stops(Curve([9.0, 3.1]), others, 2)
-    assert not Median().stops(Curve([3.0, 9.0]), others, 2)  # its best is as good as their mean
+    assert not stops(Median(), Curve([9.0, 9.0]), others[:4], 2)
+    assert stops(Median(), Curve([9.0, 3.1]), others, 2)
+    assert not stops(Median(), Curve([3.0, 9.0]), others, 2)  # its best is as good as their mean
 
 
 def test_a_grace_period_is_a_tenth_of_the_epochs() -> None:
@@ -357,7 +363,10 @@ def test_ten_pruned_trials_in_a_row_are_no_failures(journal: Journal) -> None:
         def rungs(self, grace: int, most: int) -> tuple[int, ...]:
             return (1,)
 
-        def stops(self, own: Curve, others: Sequence[Curve], step: int) -> bool:
+        def worth(self, curve: Curve, step: int) -> float:
+            return 0.0
+
+        def stops(self, own: Curve, others: Sequence[float], step: int) -> bool:
             return True
 
     pruning = Pruning(Everyone(), "val", "max", 1, lambda: EPOCHS)

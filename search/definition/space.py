@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -25,6 +25,7 @@ Conditions = tuple[tuple[str, tuple[Value, ...]], ...]
 Signature = tuple[tuple[str, Value], ...]
 
 _TRACES = 200  # of each sort: far beyond what branches need, and learning from them stays in milliseconds
+_SIGNATURES = 2_000  # that are remembered: they are large, and quickly worked out again
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,15 @@ class Space:
 
     @cached_property
     def _signatures(self) -> dict[frozenset[tuple[str, Value]], Signature]:
-        return {}  # every proposal is compared with the whole history
+        return {}  # the same one is asked for a few times, as it is proposed and as it runs
 
     @cached_property
-    def _known(self) -> dict[int, tuple[Params, Signature]]:
-        return {}  # by identity, which is an order of magnitude faster to find
+    def _last(self) -> list[tuple[Sequence[Ask], list[int | None]]]:
+        return []  # see ``_placed``
+
+    @cached_property
+    def _is_full(self) -> bool:
+        return sum(not trace.complete for trace in self.traces) >= _TRACES
 
     @cached_property
     def _tree(self) -> TraceTree:
@@ -127,15 +132,16 @@ class Space:
             asks: Of a build that returned; one that raised does not tell what it would have asked next.
             complete: False if training was not traced to its end, so that more might have followed.
         """
-        declared = list(self.declared)
-        numbers = dict(self._numbers)
+        declared, numbers = self.declared, self._numbers
         asked: dict[int, Value | None] = {}
-        for ask in asks:
-            parameter = Parameter.from_json(ask, {known.key for known in declared})
-            if parameter.identity not in numbers:
-                numbers[parameter.identity] = len(declared)
-                declared.append(parameter)
-            asked.setdefault(numbers[parameter.identity], ask["value"])
+        for ask, place in zip(asks, self._placed(asks), strict=True):
+            if place is None:
+                parameter = Parameter.from_json(ask, {known.key for known in declared})
+                if parameter.identity not in numbers:
+                    numbers = {**numbers, parameter.identity: len(declared)}
+                    declared = (*declared, parameter)
+                place = numbers[parameter.identity]
+            asked.setdefault(place, ask["value"])
         trace = Trace(tuple(asked), tuple(asked.values()), complete)
         if len(declared) == len(self.declared) and not self._is_news(trace):
             return self
@@ -143,7 +149,7 @@ class Space:
         same = [old for old in kept if old.complete == complete]
         if len(same) >= _TRACES:
             kept.remove(same[0])
-        return Space(tuple(declared), (*kept, trace))
+        return Space(declared, (*kept, trace))
 
     def succeeded_by(self, other: Space) -> Space:
         """The space of a changed module: what ``other`` builds, with our parameters still known by their keys.
@@ -165,8 +171,7 @@ class Space:
     def _is_news(self, trace: Trace) -> bool:
         if not trace.complete:
             # All of discovery is kept: what changing a value did *not* do is evidence too.
-            full = sum(not old.complete for old in self.traces) >= _TRACES
-            return not full and trace not in self.traces
+            return not self._is_full and trace not in self.traces
         if any(old.extends(trace) for old in self.traces if old.complete):
             return False
         given = dict(zip(trace.asked, trace.values, strict=True))
@@ -182,11 +187,20 @@ class Space:
             KeyError: If the space has not grown by these asks.
         """
         params: dict[str, Value] = {}
-        for ask in asks:
+        for ask, place in zip(asks, self._placed(asks), strict=True):
             if ask["value"] is not None:
-                number = self._numbers[Parameter.from_json(ask).identity]
-                params[self.declared[number].key] = ask["value"]
+                if place is None:
+                    raise KeyError(ask["name"])
+                params[self.declared[place].key] = ask["value"]
         return params
+
+    def _placed(self, asks: Sequence[Ask]) -> list[int | None]:
+        """The number of the parameter of each ask; None for one that is new."""
+        # The same asks come several times on end: to be checked, to grow the space, and for the trial's parameters.
+        if not self._last or self._last[0][0] is not asks or len(self._last[0][1]) != len(asks):
+            found = [self._numbers.get(Parameter.from_json(ask).identity) for ask in asks]
+            self._last[:] = [(asks, found)]
+        return self._last[0][1]
 
     def _advance(self, asked: dict[int, Value | None]) -> int | None:
         """Number of the next active parameter; passes over inactive ones, noting them in ``asked``."""
@@ -238,6 +252,8 @@ class Space:
         """Hashable and equal for configurations that build the same model."""
         given = frozenset(params.items())
         if given not in self._signatures:
+            if len(self._signatures) == _SIGNATURES:
+                self._signatures.clear()
             self._signatures[given] = tuple(sorted(self.restricted(params).items()))
         return self._signatures[given]
 
@@ -257,14 +273,6 @@ class Space:
         )
         return tuple(self.declared[number] for number in kept)
 
-    def signatures(self, recorded: Iterable[Params]) -> Iterator[Signature]:
-        """Those of configurations that do not change any more, as a history's do not: each is worked out once."""
-        for params in recorded:
-            known = self._known.get(id(params))
-            if known is None or known[0] is not params:
-                known = self._known[id(params)] = params, self.signature(params)
-            yield known[1]
-
     def sample(self, rng: random.Random) -> dict[str, Value]:
         """A configuration from the prior: active parameters only."""
         return self.walk(lambda parameter: parameter.domain.sample(rng))
@@ -281,7 +289,7 @@ class Space:
         """
         return self._configurations({}, {}, finite=True)
 
-    def unseen(self, seen: AbstractSet[Signature], like: Params | None = None) -> dict[str, Value] | None:
+    def unseen(self, seen: Container[Signature], like: Params | None = None) -> dict[str, Value] | None:
         """A configuration whose signature is not in ``seen``, near to ``like``; None if all are."""
         for params in self._configurations({}, like or {}, finite=False):
             if self.signature(params) not in seen:

@@ -10,7 +10,7 @@ from search.loop.ends import Ends
 from search.loop.enqueueing import begun, unbegun
 from search.loop.watcher import Watcher
 from search.record.journal import Journal
-from search.samplers import Sampler, proposal_for
+from search.samplers import Sampler, proposal_seed, propose
 from search.trial import Trial, searched, seed_for
 
 
@@ -79,9 +79,8 @@ class Agenda:
     def number(self) -> int:
         """The next one's number."""
         # Not the number of trials: a journal that was repaired may lack one in the middle.
-        history = self._journal.history()
-        again = self.again
-        return again.number if again is not None else history[-1].number + 1 if history else 0
+        trials, again = self._journal.now.all, self.again
+        return again.number if again is not None else trials[-1].number + 1 if trials else 0
 
     def has_more(self) -> bool:
         """Whether anything is still to run, as far as is known now."""
@@ -92,7 +91,7 @@ class Agenda:
 
     def end(self) -> str | None:
         """The end of the search that is reached now, see ``Ends.reached``."""
-        return self._ends.reached(begun(self._journal.history()), self._direction, self._clock(), self._since)
+        return self._ends.reached(self._journal.now.all, self._direction, self._clock(), self._since)
 
     def waits(self) -> bool:
         """Whether a running trial has to bring news before there is a next one."""
@@ -134,13 +133,14 @@ class Agenda:
 
     def _proposed(self, number: int, space: Space | None) -> Trial | None:
         # Of the search alone: a study that is extended after its confirmations goes on as a longer one would have.
-        place = len(searched(self._journal.history()))
+        search = self._journal.now.search
+        place = len(search)
         seed = seed_for(self._seed, place)
         if number == 0:
             return Trial(0, seed=seed)
         assert space is not None
         length = self._journal.length
-        proposal = proposal_for(self._sampler, self._journal.history(), space, self._seed, place)
+        proposal = propose(self._sampler, search, space, proposal_seed(self._seed, place))
         if proposal is None:
             return None
         return Trial(number, params=proposal.params, memo=proposal.memo, seed=seed, history_length=length)

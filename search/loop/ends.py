@@ -5,14 +5,18 @@ An end lets no further trial begin; those that run may finish, and confirmations
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from search.trial import Trial, TrialState, searched
+from search.record.trials import Trials
+from search.trial import Trial, TrialState
 
 _SPENT = "spent"
+_Span = tuple[float, float]
+_Use = tuple[float, float, float]  # begin, end, and GPUs
 
 
 @dataclass(frozen=True)
@@ -37,21 +41,24 @@ class Ends:
         """Which end is reached: ``complete`` for all trials, ``target``, ``stale``, ``timeout`` or ``gpu_hours``.
 
         Args:
+            history: Those that are queued count nothing.
             direction: ``"min"`` or ``"max"``.
             now: Seconds since the Unix epoch.
             since: When the driver of the trials that run began. A trial that an earlier one left running counts
                 when it runs again.
         """
-        found = searched(history)
-        if len(found) >= self.trials:
+        known = Trials.of(history)
+        ended, running = known.follower(_Ended), known.follower(_Running)
+        if ended.searched + len(running.searched) >= self.trials:
             return "complete"
-        if self.target is not None and any(_reaches(trial, self.target, direction) for trial in found):
+        if self.target is not None and ended.reaches(self.target, direction):
             return "target"
-        if self.stale is not None and stale(found) >= self.stale:
+        if self.stale is not None and ended.stale() >= self.stale:
             return "stale"
-        if self.timeout is not None and busy(history, now, since) >= self.timeout:
+        spans = [] if self.timeout is None and self.gpu_hours is None else running.spans(now, since)
+        if self.timeout is not None and ended.busy(spans) >= self.timeout:
             return "timeout"
-        if self.gpu_hours is not None and gpu_hours(history, now, since) >= self.gpu_hours:
+        if self.gpu_hours is not None and ended.gpu_hours + _gpu_hours(spans) >= self.gpu_hours:
             return "gpu_hours"
         return None
 
@@ -74,13 +81,7 @@ def stale(trials: Iterable[Trial]) -> int:
     Where a metric has none, or nobody asked for it when the trial ran, every better score is. Pruned trials gain
     nothing; failed ones say nothing, and do not count, nor does any before the first that completes.
     """
-    bar, count = math.inf, 0
-    done = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    for trial in sorted(done, key=lambda trial: (trial.ended or 0.0, trial.number)):
-        count += bar < math.inf
-        if trial.state is TrialState.COMPLETE and trial.loss is not None and trial.loss < bar:
-            bar, count = trial.loss - (trial.extra.get("error") or 0.0), 0
-    return count
+    return Trials.of(list(trials)).follower(_Ended).stale()
 
 
 def busy(trials: Iterable[Trial], now: float = 0.0, since: float = math.inf) -> float:
@@ -89,16 +90,14 @@ def busy(trials: Iterable[Trial], now: float = 0.0, since: float = math.inf) -> 
     Args:
         now, since: As of ``Ends.reached``; without them only trials that have ended count.
     """
-    total, until = 0.0, 0.0
-    for begin, end, _ in sorted(_spans(trials, now, since)):
-        total += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return total
+    known = Trials.of(list(trials))
+    return known.follower(_Ended).busy(known.follower(_Running).spans(now, since))
 
 
 def gpu_hours(trials: Iterable[Trial], now: float, since: float) -> float:
     """Hours of all attempts of all trials, each times its share of a GPU, or the number of GPUs that it had."""
-    return sum(gpus * (end - begin) / 3600 for begin, end, gpus in _spans(trials, now, since))
+    known = Trials.of(list(trials))
+    return known.follower(_Ended).gpu_hours + _gpu_hours(known.follower(_Running).spans(now, since))
 
 
 def spent(trial: Trial, now: float) -> dict[str, Any]:
@@ -108,19 +107,124 @@ def spent(trial: Trial, now: float) -> dict[str, Any]:
     return {_SPENT: [*trial.extra.get(_SPENT, []), *ran]}
 
 
-def _spans(trials: Iterable[Trial], now: float, since: float) -> list[tuple[float, float, float]]:
-    found = []
-    for trial in trials:
-        found += [(begin, end, gpus) for begin, end, gpus in trial.extra.get(_SPENT, [])]
-        gpus = float(trial.extra.get("gpus", 0))
+def _earlier(trial: Trial) -> list[_Use]:
+    return [(begin, end, gpus) for begin, end, gpus in trial.extra.get(_SPENT, [])]
+
+
+def _gpus(trial: Trial) -> float:
+    return float(trial.extra.get("gpus", 0))
+
+
+def _gpu_hours(uses: Iterable[_Use]) -> float:
+    return sum(gpus * (end - begin) / 3600 for begin, end, gpus in uses)
+
+
+def _when(trial: Trial) -> tuple[float, int]:
+    return trial.ended or 0.0, trial.number
+
+
+def _join(spans: list[_Span], begin: float, end: float) -> None:
+    """Adds a span of time to some that are in order and do not touch, as the result does not."""
+    first = bisect.bisect_left(spans, begin, key=lambda span: span[1])
+    last = bisect.bisect_right(spans, end, key=lambda span: span[0])
+    if first < last:
+        begin, end = min(begin, spans[first][0]), max(end, spans[last - 1][1])
+    spans[first:last] = [(begin, end)]
+
+
+class _Ended:
+    """What the ends of a search count of the trials that have ended; see ``Follower``.
+
+    Attributes:
+        searched: Trials of the search; gpu_hours: of all trials.
+    """
+
+    def __init__(self) -> None:
+        self.searched, self.gpu_hours = 0, 0.0
+        self._lowest, self._highest = math.inf, -math.inf  # scores
+        self._spans: list[_Span] = []  # in which any ran
+        self._total = 0.0  # seconds of these
+        self._done: list[Trial] = []  # of the search, by when they ended
+        self._counted, self._bar, self._stale = 0, math.inf, 0  # how many of them, and what they come to
+
+    def take(self, place: int, trial: Trial) -> None:
+        """See ``Follower.take``."""
+        if not trial.state.is_finished:
+            return
+        uses = _earlier(trial)
         if trial.started is not None and trial.ended is not None:
-            found.append((trial.started, trial.ended, gpus))
-        elif trial.started is not None and trial.state is TrialState.RUNNING and trial.started >= since:
-            found.append((trial.started, now, gpus))
-    return found
+            uses.append((trial.started, trial.ended, _gpus(trial)))
+        self.gpu_hours += _gpu_hours(uses)
+        for begin, end, _ in uses:
+            if begin < end:
+                self._total += end - begin - self._covered(begin, end)
+                _join(self._spans, begin, end)
+        if trial.confirms is not None:
+            return
+        self.searched += 1
+        if trial.state is TrialState.COMPLETE and trial.score is not None:
+            self._lowest, self._highest = min(self._lowest, trial.score), max(self._highest, trial.score)
+        if trial.state is not TrialState.FAILED:
+            at = bisect.bisect_left(self._done, _when(trial), key=_when)
+            self._done.insert(at, trial)
+            if at < self._counted:  # the clock was put back
+                self._counted, self._bar, self._stale = 0, math.inf, 0
+
+    def reaches(self, target: float, direction: str) -> bool:
+        """Whether the best score is as good as this."""
+        return self._highest >= target if direction == "max" else self._lowest <= target
+
+    def stale(self) -> int:
+        """See the function."""
+        for trial in self._done[self._counted :]:
+            self._stale += self._bar < math.inf
+            if trial.state is TrialState.COMPLETE and trial.loss is not None and trial.loss < self._bar:
+                self._bar, self._stale = trial.loss - (trial.extra.get("error") or 0.0), 0
+        self._counted = len(self._done)
+        return self._stale
+
+    def busy(self, running: Iterable[_Use]) -> float:
+        """Seconds in which any trial ran, with these that have not ended."""
+        total, until = self._total, -math.inf
+        for begin, end, _ in sorted(running):
+            begin = max(begin, until)
+            if begin < end:
+                total, until = total + end - begin - self._covered(begin, end), end
+        return total
+
+    def _covered(self, begin: float, end: float) -> float:
+        first = bisect.bisect_left(self._spans, begin, key=lambda span: span[1])
+        last = bisect.bisect_right(self._spans, end, key=lambda span: span[0])
+        return sum(min(end, until) - max(begin, since) for since, until in self._spans[first:last])
 
 
-def _reaches(trial: Trial, target: float, direction: str) -> bool:
-    if trial.state is not TrialState.COMPLETE or trial.score is None:
-        return False
-    return trial.score >= target if direction == "max" else trial.score <= target
+class _Running:
+    """The same of those that have not; see ``Follower``.
+
+    Attributes:
+        searched: Places of the search's, those that are queued left out.
+    """
+
+    def __init__(self) -> None:
+        self.searched: set[int] = set()
+        self._now: dict[int, tuple[float, float]] = {}  # by place, when it began, and its GPUs
+        self._earlier: dict[int, list[_Use]] = {}  # attempts that were given up, of few
+
+    def take(self, place: int, trial: Trial) -> None:
+        """See ``Follower.take``."""
+        self.searched.discard(place)
+        self._now.pop(place, None)
+        self._earlier.pop(place, None)
+        if trial.state.is_finished:
+            return
+        if trial.confirms is None and not trial.is_queued:
+            self.searched.add(place)
+        if trial.state is TrialState.RUNNING and trial.started is not None:
+            self._now[place] = trial.started, _gpus(trial)
+        if earlier := _earlier(trial):
+            self._earlier[place] = earlier
+
+    def spans(self, now: float, since: float) -> list[_Use]:
+        """When they ran, until now."""
+        uses = [(began, now, gpus) for began, gpus in self._now.values() if began >= since]
+        return [*uses, *(use for earlier in self._earlier.values() for use in earlier)]

@@ -15,7 +15,7 @@ from typing import Any
 from search.definition.space import Parameter, Space
 from search.errors import RequestError
 from search.record.journal import Journal
-from search.trial import Trial, TrialState, Value, seed_for
+from search.trial import Trial, Value, seed_for
 
 _MARK = "enqueued"  # in the memo of a queued trial: where its configuration is from
 
@@ -235,13 +235,9 @@ def source(trial: Trial) -> str | None:
 
 def unbegun(trials: Sequence[Trial]) -> list[Trial]:
     """Queued trials that have never run."""
-    return [trial for trial in trials if _is_queued(trial)]
+    return [trial for trial in trials if trial.is_queued]
 
 
 def begun(trials: Sequence[Trial]) -> list[Trial]:
     """All others: what is queued is no trial yet."""
-    return [trial for trial in trials if not _is_queued(trial)]
-
-
-def _is_queued(trial: Trial) -> bool:
-    return trial.state is TrialState.WAITING and trial.started is None
+    return [trial for trial in trials if not trial.is_queued]

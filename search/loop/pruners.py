@@ -72,12 +72,16 @@ class Pruner(Protocol):
         """Numbers of epochs below ``most`` after which a trial asks; the first one is ``grace``."""
         ...
 
-    def stops(self, own: Curve, others: Sequence[Curve], step: int) -> bool:
+    def worth(self, curve: Curve, step: int) -> float:
+        """What others are compared with of a trial that has reached the rung; lower is better."""
+        ...
+
+    def stops(self, own: Curve, others: Sequence[float], step: int) -> bool:
         """Whether a trial shall stop at a rung.
 
         Args:
             own: Its curve, which has reached the rung.
-            others: Those of the other trials that have reached it, whatever became of them.
+            others: What the other trials that have reached it are worth, whatever became of them, in rising order.
             step: The rung.
         """
         ...
@@ -90,7 +94,11 @@ class Off:
         """No trial asks."""
         return ()
 
-    def stops(self, own: Curve, others: Sequence[Curve], step: int) -> bool:
+    def worth(self, curve: Curve, step: int) -> float:
+        """Nobody asks."""
+        return 0.0
+
+    def stops(self, own: Curve, others: Sequence[float], step: int) -> bool:
         """Never."""
         return False
 
@@ -108,10 +116,13 @@ class Asha:
         steps = (grace * ETA**k for k in itertools.count())
         return tuple(itertools.takewhile(lambda step: step < most, steps))
 
-    def stops(self, own: Curve, others: Sequence[Curve], step: int) -> bool:
+    def worth(self, curve: Curve, step: int) -> float:
+        """Its best value so far."""
+        return curve.best(step)
+
+    def stops(self, own: Curve, others: Sequence[float], step: int) -> bool:
         """Whether too many others are better; those that are as good are not."""
-        values = sorted(other.best(step) for other in others)
-        return bisect.bisect_left(values, own.best(step)) >= max(1, (len(values) + 1) // ETA)
+        return bisect.bisect_left(others, own.best(step)) >= max(1, (len(others) + 1) // ETA)
 
 
 class Median:
@@ -122,11 +133,16 @@ class Median:
         """Each multiple of the grace period."""
         return tuple(range(grace, most, grace))
 
-    def stops(self, own: Curve, others: Sequence[Curve], step: int) -> bool:
+    def worth(self, curve: Curve, step: int) -> float:
+        """The mean of its values so far."""
+        return curve.mean(step)
+
+    def stops(self, own: Curve, others: Sequence[float], step: int) -> bool:
         """Whether its best is worse than what half of the others were worth on average."""
         if len(others) < _STARTUP:
             return False
-        return own.best(step) > statistics.median(other.mean(step) for other in others)
+        middle = len(others) // 2  # they are in order already
+        return own.best(step) > statistics.median(others[middle - 1 : middle + 1 + len(others) % 2])
 
 
 PRUNERS: Mapping[str, type[Pruner]] = {"asha": Asha, "median": Median, "none": Off}
@@ -178,6 +194,7 @@ class Pruning:
         self._sign = 1.0 if direction == "min" else -1.0
         self._grace, self._most, self._curve = grace, most, curve
         self._curves: dict[int, tuple[int, Curve]] = {}  # trial number to its last attempt and what that reported
+        self._reached: dict[int, list[float]] = {}  # what those are worth that reached a rung, once it is asked about
 
     @functools.cached_property
     def _rungs(self) -> tuple[int, ...]:
@@ -199,6 +216,7 @@ class Pruning:
             return
         attempt, curve = self._curves.get(trial.number, (-1, self._curve()))
         if report.attempt > attempt:
+            self._forget(curve)
             curve = self._curve()
         elif report.attempt < attempt:
             return
@@ -206,15 +224,33 @@ class Pruning:
         if value is None and not len(curve):
             return
         self._curves[trial.number] = report.attempt, curve
+        before = len(curve)
         curve.add(report.step, math.nan if value is None else self._sign * value)
+        for step, values in self._reached.items():
+            if before < step <= len(curve):
+                bisect.insort(values, self._pruner.worth(curve, step))
 
     def stops(self, trial: Trial, step: int) -> bool:
         """Whether the trial, which waits at this rung, shall stop. One that never reported the objective goes on."""
         _, own = self._curves.get(trial.number, (0, self._curve()))
         if step not in self.rungs(trial) or len(own) < step:
             return False
-        others = (curve for number, (_, curve) in self._curves.items() if number != trial.number)
-        return self._pruner.stops(own, [curve for curve in others if len(curve) >= step], step)
+        if step not in self._reached:
+            curves = (curve for _, curve in self._curves.values())
+            self._reached[step] = sorted(self._pruner.worth(curve, step) for curve in curves if len(curve) >= step)
+        values = self._reached[step]
+        place = bisect.bisect_left(values, worth := self._pruner.worth(own, step))
+        del values[place]  # its own, for as long as it takes
+        try:
+            return self._pruner.stops(own, values, step)
+        finally:
+            values.insert(place, worth)
+
+    def _forget(self, curve: Curve) -> None:
+        """An attempt that is followed by another is compared with none."""
+        for step, values in self._reached.items():
+            if step <= len(curve):
+                del values[bisect.bisect_left(values, self._pruner.worth(curve, step))]
 
     def loss(self, trial: Trial, step: int) -> float | None:
         """The value that it was judged by at this rung; None if that is no finite number."""

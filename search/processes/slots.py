@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Sequence
 
 from search.executors import Slot
@@ -26,19 +27,22 @@ class Slots:
     """
 
     def __init__(self, slots: Sequence[Slot]) -> None:
-        self._slots = tuple(slots)
+        self._offered: Sequence[Slot] = ()
+        self._slots: dict[int, Slot] = {}
+        self._free: set[int] = set()
         self._busy: set[int] = set()
+        self._sharing: Counter[tuple[str, str]] = Counter()  # how many slots have a GPU, by its machine and name
         self._kept: dict[int, frozenset[int]] = {}  # index of a slot with a trial that is alone, to those kept empty
         self._awaited: frozenset[int] = frozenset()  # slots that are being emptied
-
-    @property
-    def _free(self) -> set[int]:
-        return {slot.index for slot in self._slots} - self._busy
+        self.offer(slots)
 
     def offer(self, slots: Sequence[Slot]) -> None:
         """These are all from now on, as where machines come and go; trials in slots that are gone may end there."""
-        if (given := tuple(slots)) != self._slots:
-            self._slots, self._awaited = given, frozenset()
+        if slots is not self._offered and slots != self._offered:
+            self._slots, self._awaited = {slot.index: slot for slot in slots}, frozenset()
+            self._free = self._slots.keys() - self._busy
+            self._sharing = Counter((slot.machine, gpu) for slot in slots for gpu in slot.gpus)
+            self._offered = slots
 
     def take(self, alone: Alone | None = None) -> Slot | None:
         """A slot to run in, or None if there is none now.
@@ -48,33 +52,38 @@ class Slots:
         """
         blocked = frozenset().union(*self._kept.values())
         if alone is None:
-            usable = [slot for slot in self._slots if slot.index in self._free - blocked - self._awaited]
+            usable = self._free - blocked - self._awaited
             if not usable:
                 return None
-            self._busy.add(usable[0].index)
-            return usable[0]
-        around = {slot.index: self._around(slot, alone) for slot in self._slots}
-        ready = [slot for slot in self._slots if {slot.index, *around[slot.index]} <= self._free - blocked]
+            return self._given(min(usable))
+        around = {slot.index: self._around(slot, alone) for slot in self._slots.values()}
+        ready = [slot for slot in self._slots.values() if {slot.index, *around[slot.index]} <= self._free - blocked]
         if not ready:
             if not self._awaited and self._slots:
-                least = min(self._slots, key=lambda slot: (len(around[slot.index] - self._free), slot.index))
+                least = min(self._slots.values(), key=lambda slot: (len(around[slot.index] - self._free), slot.index))
                 self._awaited = around[least.index] | {least.index}
             return None
         chosen = ready[0]
         self._awaited = frozenset()
         self._kept[chosen.index] = around[chosen.index]
-        self._busy.add(chosen.index)
-        return chosen.whole()
+        return self._given(chosen.index).whole()
+
+    def _given(self, index: int) -> Slot:
+        self._free.remove(index)
+        self._busy.add(index)
+        return self._slots[index]
 
     def gpus(self, slot: Slot) -> float:
         """How many GPUs a trial in this slot has; of one that is shared, its share."""
         if slot.memory_share is None:
             return float(len(slot.gpus))
-        return sum(1 / sum(gpu in other.gpus for other in self._slots) for gpu in slot.gpus)
+        return sum(1 / self._sharing[slot.machine, gpu] for gpu in slot.gpus)
 
     def give_back(self, slot: Slot) -> None:
         """The trial in this slot is over."""
         self._busy.discard(slot.index)
+        if slot.index in self._slots:
+            self._free.add(slot.index)
         self._kept.pop(slot.index, None)
 
     def _around(self, slot: Slot, alone: Alone) -> frozenset[int]:
@@ -82,7 +91,7 @@ class Slots:
         everywhere = alone is Alone.MACHINE or not slot.gpus
         return frozenset(
             other.index
-            for other in self._slots
+            for other in self._slots.values()
             if other.index != slot.index
             and other.machine == slot.machine
             and (everywhere or set(other.gpus) & set(slot.gpus))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from search.definition.space import Space
+from search.record.trials import Trials
 from search.trial import TRANSITIONS, Trial, TrialState
 
 
@@ -34,14 +35,20 @@ class Event:
 
 
 class History:
-    """The trials and the space after ``length`` events."""
+    """The trials and the space after ``length`` events.
+
+    Attributes:
+        all: The trials as they are now, and not as they were when this was read.
+        search: Those of the search itself, likewise.
+    """
 
     def __init__(self) -> None:
         self.length = 0
+        self.all, self.search = Trials(), Trials()
         self._trials: dict[int, Trial] = {}
         self._ran: dict[int, int] = {}  # trial number to the last attempt that ran
         self._asked: dict[int, int] = {}  # and to the last one that said what it asked for
-        self._sorted: tuple[Trial, ...] | None = ()
+        self._frozen: tuple[Trial, ...] | None = ()
         self._space = Space.empty()
         self._unread: list[Event] = []  # about the space; folded in only when somebody wants it
 
@@ -58,10 +65,10 @@ class History:
         return number in self._asked and self._asked[number] == self.ran(number)
 
     def trials(self) -> tuple[Trial, ...]:
-        """All trials in number order."""
-        if self._sorted is None:
-            self._sorted = tuple(self._trials[number] for number in sorted(self._trials))
-        return self._sorted
+        """All trials in number order, for keeping."""
+        if self._frozen is None:
+            self._frozen = tuple(self.all)
+        return self._frozen
 
     def space(self) -> Space:
         """The space as known."""
@@ -129,4 +136,7 @@ class History:
 
     def _keep(self, trial: Trial) -> None:
         self._trials[trial.number] = trial
-        self._sorted = None
+        self.all.put(trial)
+        if trial.confirms is None:
+            self.search.put(trial)
+        self._frozen = None

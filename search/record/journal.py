@@ -242,8 +242,7 @@ class Journal:
         Raises:
             ValueError: If the trial is not RUNNING, was begun before in this attempt, or is over.
         """
-        self._refresh()
-        known = self._now.get(trial.number)
+        known = self.now.get(trial.number)
         with self.one_commit():
             if known is not None and known.state is TrialState.RUNNING and trial.attempt > known.attempt:
                 self.queue(known.moved(TrialState.WAITING))
@@ -271,9 +270,8 @@ class Journal:
         """
         if not reports:
             return
-        self._refresh()
         for one in reports:
-            if not 0 <= one.attempt <= self._now.ran(one.trial):
+            if not 0 <= one.attempt <= self.now.ran(one.trial):
                 raise ValueError(f"trial {one.trial} reported in attempt {one.attempt}, which never began")
         rows = [(one.trial, one.attempt, one.step, one.at, dumps(dict(one.metrics))) for one in reports]
         with self.one_commit():
@@ -290,8 +288,7 @@ class Journal:
         Raises:
             ValueError: If the attempt never began or has its guard score.
         """
-        self._refresh()
-        if not 0 <= attempt <= self._now.ran(number):
+        if not 0 <= attempt <= self.now.ran(number):
             raise ValueError(f"trial {number} has a guard score of attempt {attempt}, which never began")
         known = self._rows("SELECT 1 FROM guards WHERE trial = ? AND attempt = ?", (number, attempt))
         if known or any(table == "guards" and row[:2] == (number, attempt) for table, row in self._gathered):
@@ -304,8 +301,13 @@ class Journal:
     @property
     def length(self) -> int:
         """Number of events so far."""
+        return self.now.length
+
+    @property
+    def now(self) -> History:
+        """What all events add up to, alive: good until the next one, and another object after a write that failed."""
         self._refresh()
-        return self._now.length
+        return self._now
 
     def history(self, length: int | None = None) -> tuple[Trial, ...]:
         """All trials in number order, as they were after the first ``length`` events (default: now)."""
@@ -345,8 +347,7 @@ class Journal:
         For the evaluation after the selection is frozen; nothing that proposes, prunes or shows
         progress may call this.
         """
-        rows = self._rows("SELECT trial, attempt, body FROM guards")
-        bodies = {(row[0], row[1]): self._loaded(row[2]) for row in rows}
+        bodies = {row[:2]: self._loaded(row[2]) for row in self._rows("SELECT trial, attempt, body FROM guards")}
         return {key: (body["value"], body["extra"]) for key, body in bodies.items()}
 
     # ---- inside
@@ -357,10 +358,9 @@ class Journal:
         self._append("trial", trial.number, trial.to_json())
 
     def _append(self, kind: str, trial: int | None, body: Any) -> None:
-        self._refresh()
         text = dumps(body)
         # What goes into memory is what a reader will get, after a round through JSON.
-        event = Event(self._now.length + 1, self._clock(), kind, trial, json.loads(text))
+        event = Event(self.now.length + 1, self._clock(), kind, trial, json.loads(text))
         self._now.apply(event)
         # The id is ours to say: if another driver wrote meanwhile this fails instead of interleaving.
         self._add("events", (event.id, event.at, kind, trial, text))

@@ -7,15 +7,16 @@ import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
-from search.definition.space import Space
+from search.definition.space import Signature, Space
 from search.errors import RequestError
-from search.trial import Trial, Value, searched, seed_for
+from search.record.trials import Trials
+from search.trial import Params, Trial, Value, searched, seed_for
 
 __all__ = [
     *("AUTO", "SAMPLERS", "Proposal", "Sampler"),
-    *("check_space", "default_for", "get_sampler", "proposal_for", "propose"),
+    *("check_space", "default_for", "get_sampler", "proposal_for", "proposal_seed", "propose"),
 ]
 
 AUTO = "auto"
@@ -112,12 +113,10 @@ def propose(sampler: Sampler, history: Sequence[Trial], space: Space, seed: int)
     Returns:
         The proposal, or None if the space is finite and every configuration in it has been tried.
     """
-    recorded = [trial.params for trial in history if trial.number >= 0]
+    seen = Trials.of(history).follower(Tried).under(space)
     proposal = sampler.ask(history, space, seed)
-    # One comparison with each is several times faster than a set of all, which few proposals need.
-    if space.signature(proposal.params) not in space.signatures(recorded):
+    if space.signature(proposal.params) not in seen:
         return proposal
-    seen = set(space.signatures(recorded))
     untried = space.unseen(seen, like=proposal.params)
     if untried is None:
         return None
@@ -128,6 +127,58 @@ def propose(sampler: Sampler, history: Sequence[Trial], space: Space, seed: int)
     return Proposal(untried, proposal.memo)
 
 
+class Tried:
+    """The configurations that a search has tried, by the hashes of their signatures; see ``Follower``.
+
+    The signatures themselves would take most of a driver's memory; one is worked out again where a hash is found.
+    """
+
+    def __init__(self) -> None:
+        self._params: list[Params | None] = []
+        self._hashes: list[int | None] = []
+        self._places: dict[int, tuple[int, ...]] = {}  # by hash
+        self._space: Space | None = None
+
+    def take(self, place: int, trial: Trial) -> None:
+        """See ``Follower.take``. Trials below 0 were tried elsewhere."""
+        known = self._params[place] if place < len(self._params) else None
+        if trial.number < 0 or known == trial.params:
+            return
+        missing = place + 1 - len(self._params)
+        self._params += [None] * missing
+        self._hashes += [None] * missing
+        self._params[place] = trial.params
+        self._drop(place)
+        self._note(place, trial.params)
+
+    def under(self, space: Space) -> Self:
+        """The same, by what makes configurations equal in this space."""
+        if space is not self._space:  # which few trials change
+            self._space = space
+            self._places.clear()
+            for place, params in enumerate(self._params):
+                if params is not None:
+                    self._note(place, params)
+        return self
+
+    def __contains__(self, signature: object) -> bool:
+        places = self._places.get(hash(signature), ())
+        return any(self._signature(self._params[place]) == signature for place in places)
+
+    def _signature(self, params: Params | None) -> Signature | None:
+        return None if self._space is None or params is None else self._space.signature(params)
+
+    def _note(self, place: int, params: Params) -> None:
+        if self._space is None:
+            return
+        found = self._hashes[place] = hash(self._space.signature(params))
+        self._places[found] = (*self._places.get(found, ()), place)
+
+    def _drop(self, place: int) -> None:
+        if (known := self._hashes[place]) is not None:
+            self._places[known] = tuple(other for other in self._places[known] if other != place)
+
+
 def proposal_for(
     sampler: Sampler, history: Sequence[Trial], space: Space, study_seed: int, number: int
 ) -> Proposal | None:
@@ -135,4 +186,9 @@ def proposal_for(
 
     Confirmations are no part of the search, so no sampler sees them.
     """
-    return propose(sampler, searched(history), space, seed_for(study_seed, number, "proposal"))
+    return propose(sampler, searched(history), space, proposal_seed(study_seed, number))
+
+
+def proposal_seed(study_seed: int, number: int) -> int:
+    """The seed of the proposal for the search's trial ``number``."""
+    return seed_for(study_seed, number, "proposal")

@@ -9,8 +9,10 @@ discrete domain the mass of that value's share.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import heapq
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from search.definition.space import Parameter, Space
+from search.record.trials import Trials
 from search.samplers import Proposal
 from search.trial import Trial, TrialState, Value
 
@@ -64,8 +67,10 @@ class TPESampler:
 
         Pending trials stand in as the worst ones, which keeps simultaneous proposals apart.
         """
-        finished = sum(trial.state.is_finished for trial in history)
-        if finished < self._startup or not any(trial.state is TrialState.COMPLETE for trial in history):
+        finished = (True for trial in history if trial.state.is_finished)  # looks no further than it needs to
+        if sum(itertools.islice(finished, self._startup)) < self._startup or not any(
+            trial.state is TrialState.COMPLETE for trial in history
+        ):
             return Proposal(space.sample(random.Random(seed)))
         rng = np.random.default_rng(seed)
         chosen: dict[str, Value] = {}
@@ -145,8 +150,7 @@ class Seen:
         self.history = history
         if len(history) > _BEST + _NEWEST:
             newest = len(history) - _NEWEST
-            best = heapq.nsmallest(_BEST, zip(map(badness, history), range(len(history)), strict=True))
-            kept = sorted(index for _, index in best if index < newest)
+            kept = sorted(index for index in best_places(history) if index < newest)
             self.history = [*(history[index] for index in kept), *history[newest:]]
         known = {parameter.key for parameter in open_}
         self.keys = [trial.params.keys() & known for trial in self.history]
@@ -161,6 +165,27 @@ class Seen:
                 with contextlib.suppress(ValueError):  # a value from before the declaration changed
                     places[index] = _place(parameter, trial.params[parameter.key])
         return tuple(places)
+
+
+class _Leaders:
+    """The best of the trials that have a loss; see ``Follower``."""
+
+    def __init__(self) -> None:
+        self.best: list[tuple[tuple[int, int, float], int]] = []
+
+    def take(self, place: int, trial: Trial) -> None:
+        """See ``Follower.take``."""
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+            bisect.insort(self.best, (badness(trial), place))
+            del self.best[_BEST:]
+
+
+def best_places(history: Sequence[Trial]) -> list[int]:
+    """Indices of the ``_BEST`` trials by ``ranks``, the best first."""
+    found = Trials.of(history).follower(_Leaders).best
+    if len(found) < _BEST:  # the earliest of those without a loss follow
+        found = heapq.nsmallest(_BEST, zip(map(badness, history), range(len(history)), strict=True))
+    return [place for _, place in found]
 
 
 def ranks(history: Sequence[Trial]) -> list[int]:

@@ -15,12 +15,13 @@ from search.errors import StudyError
 from search.guard import belief, verdicts
 from search.guard.ledger import times
 from search.loop import ends, keeping
-from search.loop.enqueueing import begun, unbegun
+from search.loop.enqueueing import begun
 from search.loop.enqueueing import source as enqueued_from
 from search.record import places
+from search.record.journal import Journal
 from search.scorer import metrics, scoring
 from search.scorer.scoring import disagreement_line
-from search.study import Study, StudyConfig, config_of
+from search.study import Study, StudyConfig, config_of, state_of
 from search.tiers.validation import described, named, parse
 from search.tracker import publishing
 from search.trial import Trial, TrialState, best, searched
@@ -32,14 +33,18 @@ _WIDTH = 110
 def report(study: Study) -> dict[str, Any]:
     """A study in one JSON object; its keys are listed in README, "The report"."""
     with study.journal() as journal:
-        trials = journal.history()
-        meta = journal.get("study") or {}
-        selection = journal.get("selection") or {}
-        evaluation = journal.get("evaluation") or {}
-        preflight, summary = journal.get("preflight"), journal.get("summary") or {}
-        ensemble = ensemble_words.latest(journal.get("ensembles"), selection)
-        ended, plan = journal.get("ended"), config_of(journal) if meta else None
-        judged = (journal.get("prepared") or {}).get("validation")
+        return _report(study, journal)
+
+
+def _report(study: Study, journal: Journal) -> dict[str, Any]:
+    trials = journal.history()
+    meta = journal.get("study") or {}
+    selection = journal.get("selection") or {}
+    evaluation = journal.get("evaluation") or {}
+    preflight, summary = journal.get("preflight"), journal.get("summary") or {}
+    ensemble = ensemble_words.latest(journal.get("ensembles"), selection)
+    ended, plan = journal.get("ended"), config_of(journal) if meta else None
+    judged = (journal.get("prepared") or {}).get("validation")
     count = {state: sum(t.state is state for t in searched(trials)) for state in TrialState}
     failures = Counter(trial.reason for trial in trials if trial.state is TrialState.FAILED)
     retries: Counter[str] = sum((Counter(trial.retries) for trial in trials), Counter())
@@ -47,7 +52,7 @@ def report(study: Study) -> dict[str, Any]:
     picture = study.folder / PICTURE
     found = {
         "study": study.name,
-        "state": study.state,
+        "state": state_of(journal),
         "ended": ended,
         "because": _because(plan, ended, len(searched(begun(trials)))),
         "objective": meta.get("objective"),
@@ -311,17 +316,15 @@ def _domain(raw: dict[str, Any]) -> str:
 def status(study: Study) -> dict[str, Any]:
     """The report, with ``planned`` trials, the numbers of those ``running``, how many have ``confirmed``, and how many
     models are ``kept`` and ``deleted``."""
-    with study.journal() as journal:
+    with study.journal() as journal:  # once: it takes ten seconds to read a hundred thousand trials
         planned = (journal.get("plan") or (journal.get("study") or {}).get("config") or {}).get("trials")
-    with study.journal() as journal:
-        trials = journal.history()
+        trials, found = journal.history(), _report(study, journal)
         kept = len(keeping.kept(trials, keeping.limit(journal)))
-        deleted = len(keeping.kept(trials, None)) - kept
-    queued = unbegun(trials)
-    running = [trial.number for trial in trials if not trial.state.is_finished and trial not in queued]
+    deleted = len(keeping.kept(trials, None)) - kept
+    running = [trial.number for trial in trials if not (trial.state.is_finished or trial.is_queued)]
     confirmed = sum(trial.confirms is not None and trial.state.is_finished for trial in trials)
     more = {"planned": planned, "running": running, "confirmed": confirmed, "kept": kept, "deleted": deleted}
-    return report(study) | more
+    return found | more
 
 
 def status_line(found: dict[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group
@@ -32,7 +33,12 @@ class View:
         self._console, self._planned, self._step = console, planned, step
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._running: dict[int, tuple[Trial, Report | None]] = {}
-        self._ended, self._before = list(earlier), len(earlier)
+        self._ended, self._states = 0, Counter[TrialState]()
+        self._best: Trial | None = None
+        self._baseline: Trial | None = None
+        for trial in earlier:
+            self._count(trial)
+        self._before, self._first = self._ended, math.inf  # and when the first trial of this run began
         self._notes: deque[str] = deque(maxlen=4)
         self._began = time.monotonic()
         self._drawn = 0.0
@@ -61,10 +67,19 @@ class View:
     def ended(self, trial: Trial) -> None:
         """A trial is over."""
         self._running.pop(trial.number, None)
-        self._ended.append(trial)
+        self._first = min(self._first, math.inf if trial.started is None else trial.started)
+        self._count(trial)
         if self._live is None:
             self._console.print(self._line(trial), markup=False, highlight=False, soft_wrap=True)
         self._draw(force=True)
+
+    def _count(self, trial: Trial) -> None:
+        # Not kept and counted again each time: there may be a hundred thousand.
+        self._ended += 1
+        self._states[trial.state] += 1
+        self._best = best([trial] if self._best is None else [self._best, trial])
+        if trial.number == 0 and trial.state is TrialState.COMPLETE:
+            self._baseline = trial
 
     def planned(self, trainings: int) -> None:
         """How many trainings there will be in all is known now."""
@@ -82,8 +97,7 @@ class View:
         self._draw()
 
     def _line(self, trial: Trial) -> str:
-        winner = best(self._ended)
-        mark = "  best so far" if winner is not None and winner.number == trial.number else ""
+        mark = "  best so far" if self._best is not None and self._best.number == trial.number else ""
         of = f"/{self._planned}" if self._planned else ""
         if trial.confirms is not None:
             mark = f"  confirms trial {trial.confirms}"
@@ -94,7 +108,7 @@ class View:
             said = f"stopped early after {trial.epochs} {self._step}s{worth}, {trial.seconds or 0:.1f} s"
         else:
             said = f"{trial.state} ({trial.reason}: {trial.message})"
-        return f"trial {trial.number} [{len(self._ended)}{of}] {said}  {_params(trial.params)}"
+        return f"trial {trial.number} [{self._ended}{of}] {said}  {_params(trial.params)}"
 
     def _draw(self, force: bool = False) -> None:
         if self._live is not None and (force or time.monotonic() - self._drawn > 0.2):
@@ -121,27 +135,23 @@ class View:
         return Group(table, Text(self._summary(), style="bold"), *(Text(note, style="dim") for note in self._notes))
 
     def _summary(self) -> str:
-        winner = best(self._ended)
-        baseline = next((t for t in self._ended if t.number == 0 and t.state is TrialState.COMPLETE), None)
-        failed = sum(t.state is TrialState.FAILED for t in self._ended)
-        pruned = sum(t.state is TrialState.PRUNED for t in self._ended)
+        failed, pruned = self._states[TrialState.FAILED], self._states[TrialState.PRUNED]
         of = f" of {self._planned}" if self._planned else ""
-        parts = [f"{len(self._ended)}{of} trainings ended"]
+        parts = [f"{self._ended}{of} trainings ended"]
         parts += ([f"{pruned} stopped early"] if pruned else []) + ([f"{failed} failed"] if failed else [])
-        if winner is not None:
-            parts.append(f"best {number(winner.score)} (trial {winner.number})")
-        if baseline is not None:
-            parts.append(f"baseline {number(baseline.score)}")
+        if self._best is not None:
+            parts.append(f"best {number(self._best.score)} (trial {self._best.number})")
+        if self._baseline is not None:
+            parts.append(f"baseline {number(self._baseline.score)}")
         left = self._seconds_left()
         return " · ".join([*parts, *([f"about {_span(left)} left"] if left is not None else [])])
 
     def _seconds_left(self) -> float | None:
         """From the pace of this run so far; None before three trials have ended."""
-        here = self._ended[self._before :]
-        first = min((t.started for t in here if t.started is not None), default=None)
-        if self._planned is None or len(here) < 3 or first is None:
+        here = self._ended - self._before
+        if self._planned is None or here < 3 or self._first == math.inf:
             return None
-        return (time.time() - first) / len(here) * max(0, self._planned - len(self._ended))
+        return (time.time() - self._first) / here * max(0, self._planned - self._ended)
 
 
 def _params(params: Mapping[str, object]) -> str:

@@ -102,8 +102,9 @@ class Publisher:
         for key in list(self._open):
             self._attempt(key, self._write_attempt)
         now = time.monotonic()
-        for key, run in list(self._runs.items()):
-            if self._points.get(key) and not run.closed and now - run.flushed >= _FLUSH_SECONDS:
+        for key, points in list(self._points.items()):  # of what runs, and not of all that ever ran
+            run = self._runs.get(key)
+            if points and run is not None and not run.closed and now - run.flushed >= _FLUSH_SECONDS:
                 self._attempt(key, self._flush)
         if now - self._series_at >= _SERIES_SECONDS:
             self._series()

@@ -39,6 +39,7 @@ DONE, BEHIND = 0, 3
 _POLL_SECONDS = 0.5
 _LONGEST_WAIT = 30.0
 _GRACE_SECONDS = 60.0
+_SELDOM = 20  # times as long as it took lies between two looks at all runs
 
 _log = logging.getLogger("heldout.tracking")
 
@@ -89,14 +90,22 @@ class Status:
             self._shown = publishing.read(study_dir)
         self._known = {"uri": secrecy.redacted(uri)}
         self._error: str | None = None
-        self._since = 0.0
+        self._since = self._next = 0.0
 
-    def went_well(self, summary: dict[str, Any]) -> None:
+    def is_due(self) -> bool:
+        """Whether that all went well is to be said again: it names every run, and of a hundred thousand that takes a
+        while, so it is said seldom enough to cost a twentieth of the time."""
+        return self._error is not None or time.monotonic() >= self._next
+
+    def went_well(self, summary: Callable[[], dict[str, Any]]) -> None:
         """Everything that is due is published."""
+        began = time.monotonic()
         if self._error is not None:
             _log.info("MLflow is back after %.0f s, and has caught up", time.monotonic() - self._since)
         self._error = None
-        self._write(summary)
+        self._write(summary())
+        now = time.monotonic()
+        self._next = now + _SELDOM * (now - began)
 
     def failed(self, error: Exception, summary: dict[str, Any]) -> str:
         """MLflow is away, slow or refuses; returns why, in one line."""
@@ -164,7 +173,8 @@ def track(study_dir: Path, uri: str, ending: Ending, say: Callable[[dict[str, An
                 continue
             pause = 1.0
             if publisher is not None:
-                status.went_well(publisher.summary())
+                if over or status.is_due():
+                    status.went_well(publisher.summary)
                 if over:
                     return
             ending.wait(_POLL_SECONDS)

@@ -26,7 +26,8 @@ import measure
 from search.definition.domain import Domain
 from search.definition.space import Parameter, Space
 from search.errors import RequestError
-from search.samplers import SAMPLERS, check_space, get_sampler, proposal_for
+from search.record.trials import Trials
+from search.samplers import SAMPLERS, check_space, get_sampler, proposal_seed, propose
 from search.trial import Trial, TrialState, Value
 
 PEER = "optuna.tpe (Optuna itself)"
@@ -97,11 +98,11 @@ def ours(name: str, history: Sequence[Trial], asks: int) -> list[float]:
     """Seconds of each proposal, the first one being the first of its process."""
     sampler, space = get_sampler(name), Space.from_json(known_space().to_json())
     check_space(sampler, space)
-    seconds = []
-    for number in range(asks):
-        seen = history[: len(history) - asks + number + 1]
+    seconds, seen = [], Trials(history[:-asks])  # which grows, as the driver's does
+    for trial in history[-asks:]:
+        seen.put(trial)
         clock = time.process_time()
-        proposal_for(sampler, seen, space, 0, len(seen))
+        propose(sampler, seen, space, proposal_seed(0, len(seen)))
         seconds.append(time.process_time() - clock)
     return seconds
 

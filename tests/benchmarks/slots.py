@@ -61,10 +61,10 @@ def main() -> None:
 
 
 class World:
-    """An executor whose jobs only take their time."""
+    """An executor whose jobs only take their time, in seconds at least and at most."""
 
-    def __init__(self, slots: int, seed: int) -> None:
-        self.slots = tuple(Slot(index, 1) for index in range(slots))
+    def __init__(self, slots: int, seed: int, takes: tuple[float, float] = (SHORTEST, LONGEST)) -> None:
+        self.slots, self._takes = tuple(Slot(index, 1) for index in range(slots)), takes
         self._dice = random.Random(seed)
         self._due: list[tuple[float, int, Event]] = []
         self._count = itertools.count()
@@ -90,7 +90,7 @@ class World:
         if job.kind == "discover":
             self._say(now, job, {"type": "result", "space": Space.empty().grown(asks).to_json(), "complete": True})
             return self._end(now, job)
-        takes = self._dice.uniform(SHORTEST, LONGEST)
+        takes = self._dice.uniform(*self._takes)
         if job.payload["trial"] == 0:
             self._say(now, job, {"type": "preflight", "asks": asks})
             self.opened = now + takes
