@@ -410,7 +410,7 @@ def test_try_runs_a_space_with_preprocessing(heldout: Heldout) -> None:
     assert 0 < json.loads(ran.stdout)["score"] <= 1
 
 
-@pytest.mark.study
+@pytest.mark.slow
 def test_a_study_whose_driver_was_killed_goes_on_to_what_it_would_have_been(tmp_path: Path, heldout: Heldout) -> None:
     space = write_space(tmp_path)
     where = ("--workspace", str(tmp_path / "ws"))

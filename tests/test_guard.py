@@ -229,6 +229,7 @@ def test_a_second_opening_has_a_wider_interval_and_says_so(noisy: Done, space: P
     assert Ledger(Path(ledger)).entries() == entries and sum(e["kind"] == "opening" for e in entries) == 2
 
 
+@pytest.mark.slow
 def test_refitted_models_are_tested_and_the_estimate_is_not_held_against_them(space: Path, tmp_path: Path) -> None:
     done = launched(tmp_path, str(space), "--trials", "3", "--evaluate", "no")
     assert done.report["test"] is None and done.report["corrected"] is not None

@@ -487,7 +487,7 @@ def test_a_fit_of_the_modules_own_is_stopped_even_if_it_catches_what_it_can(tmp_
     assert any(t.state is TrialState.PRUNED and t.epochs < 9 for t in found.trials)
 
 
-@pytest.mark.study
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_fit_that_reports_nothing_is_never_stopped(tmp_path: Path, heldout: Heldout) -> None:
     assert all(t.state is TrialState.COMPLETE for t in launched(heldout, tmp_path, rest=SILENT).trials)

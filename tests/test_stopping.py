@@ -271,7 +271,7 @@ def launched_study(tmp_path: Path, heldout: Heldout, name: str, *options: str) -
     return found
 
 
-@pytest.mark.study
+@pytest.mark.slow
 def test_an_extended_study_is_what_a_longer_one_would_have_been(tmp_path: Path, heldout: Heldout) -> None:
     cheap = ("--confirm", "0", "--evaluate", "no")
     launched_study(tmp_path, heldout, "long", "--trials", "7", *cheap)
