@@ -66,6 +66,11 @@ def anchored(uri: str) -> str:
     return uri
 
 
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite address; None for any other."""
+    return Path(uri.partition("://")[2].partition("?")[0][1:]) if uri.startswith("sqlite") else None
+
+
 def uri_of(study: Mapping[str, Any]) -> str:
     """Where a recorded study is published: its record has no credentials, so the environment may bring them.
 

@@ -176,8 +176,8 @@ def connect(uri: str) -> MlflowClient:
 
     # What fails is told by us, once; MLflow's own traceback each time would fill the log.
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)
-    scheme, _, rest = uri.partition("://")
-    if scheme.split("+")[0] == "sqlite" and not (file := Path(rest.partition("?")[0][1:])).exists():
+    file = publishing.sqlite_file(uri)
+    if file is not None and not file.exists():
         _make_file(file)
     client = MlflowClient(tracking_uri=uri)
     client.search_experiments(max_results=1)
