@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -110,6 +111,17 @@ def test_a_database_that_is_away_or_refuses_is_one_line_without_the_password(ser
     assert "not-its-password" not in str(refused.value) and "\n" not in str(refused.value)
     with pytest.raises(RequestError, match="must be recorded in postgresql://127.0.0.1:9/x, but"):
         Ledger("postgresql://me@127.0.0.1:9/x").ready()
+
+
+def test_a_wrong_password_of_mlflows_database_is_one_line(server: Team, tmp_path: Path) -> None:
+    from tests.tiny import write_space
+
+    uri = server.database.replace("heldout@", "heldout:not-its-password@")
+    few = ("--trials", "1", "--confirm", "0", "--workers", "1", "--epochs", "1", "--workspace", str(tmp_path / "ws"))
+    ran = run_heldout("launch", write_space(tmp_path), *few, MLFLOW_TRACKING_URI=uri)
+    assert ran.returncode == 2 and "password authentication failed" in ran.stderr.splitlines()[-1]
+    assert "not-its-password" not in ran.stdout + ran.stderr
+    assert not list((tmp_path / "ws" / "studies").iterdir()), "nothing is left of it"
 
 
 def test_a_lost_connection_enters_nothing(ledger: Ledger) -> None:

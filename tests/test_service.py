@@ -142,9 +142,11 @@ def test_a_job_goes_on_after_ctrl_c_is_stopped_and_resumed(
     service: Team, laptop: Callable[..., Ran], tmp_path: Path
 ) -> None:
     go = service.folder / "go"
+    # Every trial but the baseline, which has to end before the study counts as begun.
     waits = (
         "import pathlib, time\n\n\ndef callbacks(hp):\n"
-        f"    while 'layers' in hp and not pathlib.Path({str(go)!r}).exists():\n        time.sleep(0.2)\n    return []"
+        f"    while hp.get('rate') != 1e-2 and not pathlib.Path({str(go)!r}).exists():\n"
+        "        time.sleep(0.2)\n    return []"
     )
     space = write_space(tmp_path, "waits", rest=waits)
     sent = laptop("launch", space, *FEW, "--cluster", service.cluster, "--study", "waits", "--detach", "--json")
@@ -163,8 +165,8 @@ def test_a_job_goes_on_after_ctrl_c_is_stopped_and_resumed(
             follower.kill()
     assert follower.returncode == 130 and f"`heldout stop waits --cluster {service.cluster}` stops it" in said
 
-    journal = service.workspace / "studies" / "waits" / "trials" / "0000"
-    until(lambda: journal.exists(), "the first trial begins")
+    second = service.workspace / "studies" / "waits" / "trials" / "0001"
+    until(second.exists, "the second trial begins", 600)
     assert state_of(laptop, service, "waits") == "RUNNING"
     stopped = laptop("stop", "waits", "--cluster", service.cluster)
     assert stopped.returncode == 0, stopped.stderr
@@ -176,11 +178,10 @@ def test_a_job_goes_on_after_ctrl_c_is_stopped_and_resumed(
 
     go.write_text("")
     resumed = laptop("resume", "waits", "--cluster", service.cluster)
-    assert resumed.returncode in (0, 1), resumed.stderr
-    if resumed.returncode == 1:  # it was stopped before its first trial had been recorded as begun
-        assert "never began" in resumed.stdout + resumed.stderr, resumed.stdout + resumed.stderr
-    else:
-        assert json.loads(laptop("status", "waits", "--json").stdout)["state"] == "COMPLETE"
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "study waits: 2 trials complete" in resumed.stdout
+    told = json.loads(laptop("status", "waits", "--json").stdout)
+    assert (told["state"], told["trials"]["complete"]) == ("COMPLETE", 2)
 
 
 def state_of(laptop: Callable[..., Ran], service: Team, job: str) -> Any:
@@ -229,16 +230,6 @@ def test_what_fails_there_ends_with_its_own_exit_code(
     broken = write_space(tmp_path, "broken", load="def load():\n    raise ValueError('no rows today')")
     ran = laptop("launch", broken, *FEW, "--cluster", service.cluster)
     assert ran.returncode == 2 and "load() raised ValueError: no rows today" in ran.stdout
-
-
-def test_a_wrong_password_of_the_database_is_one_line(
-    service: Team, laptop: Callable[..., Ran], tmp_path: Path
-) -> None:
-    uri = service.database.replace("heldout@", "heldout:wrong-wrong-wrong@")
-    ran = laptop("launch", write_space(tmp_path), *FEW, MLFLOW_TRACKING_URI=uri)
-    assert ran.returncode == 2 and "password authentication failed" in ran.stderr
-    assert "wrong-wrong-wrong" not in ran.stdout + ran.stderr
-    assert len(ran.stderr.strip().splitlines()[-1:]) == 1
 
 
 def refused(ran: Ran, why: str) -> None:

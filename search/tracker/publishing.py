@@ -66,11 +66,6 @@ def anchored(uri: str) -> str:
     return uri
 
 
-def sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite address; None for any other."""
-    return Path(uri.partition("://")[2].partition("?")[0][1:]) if uri.startswith("sqlite") else None
-
-
 def uri_of(study: Mapping[str, Any]) -> str:
     """Where a recorded study is published: its record has no credentials, so the environment may bring them.
 
@@ -354,9 +349,10 @@ def _check_server(uri: str) -> str | None:
         )
     try:
         status = _status(uri, "/health")
-        if status != 200:
-            # Some gateways keep /health to themselves; then ask what the tracker will ask.
-            status = _status(uri, "/api/2.0/mlflow/experiments/search?max_results=1")
+        # What the tracker will ask: only there is a password asked for, and some gateways keep /health to themselves.
+        with contextlib.suppress(*((TimeoutError,) if status == 200 else ())):
+            asked = _status(uri, "/api/2.0/mlflow/experiments/search?max_results=1")
+            status = asked if status != 200 or asked in (401, 403) else status
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         return f"the tracking server {shown} must answer, but: {secrecy.scrub(str(reason))}"

@@ -20,7 +20,7 @@ from mlflow import MlflowClient, set_tracking_uri
 from mlflow.entities import Run, ViewType
 
 from search import secrecy
-from search.tracker import publishing, runs, tracking
+from search.tracker import runs, tracking
 
 PLACE = "published"
 _MANIFEST = "published.json"
@@ -169,7 +169,7 @@ def main() -> int:
     try:
         asked = json.load(sys.stdin)
         set_tracking_uri(uri)  # artifacts behind a server are found by it
-        file = publishing.sqlite_file(uri)
+        file = tracking.sqlite_file(uri)
         if file is not None and not file.exists():  # nothing is made by looking
             raise FileNotFoundError(f"{file} must be MLflow's file, but is not there")
         answer = {"store": store, "states": states, "fetch": fetch}[asked["do"]](tracking.connect(uri), asked)
