@@ -51,7 +51,7 @@ def on_ray(
     """
     how = {"required": (), "preload": (), "entry": "bodies:main", "path": [str(HERE)], "start_method": None} | options
     module = Problem("bodies", str(HERE / "bodies.py"), (HERE / "bodies.py").read_text())
-    with LocalExecutor((), log=folder / "template.log", **{**how, "secrets": secrets}) as here:
+    with LocalExecutor((), log=folder / "template.log", **{**how, "required": (), "secrets": secrets}) as here:
         made = Anywhere(
             here,
             division or Division(1, slots),

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,13 +47,23 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     with warnings.catch_warnings():
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **_ports()})
         for _ in range(2):
-            made.add_node(num_cpus=2, num_gpus=2)
+            made.add_node(num_cpus=2, num_gpus=2, **_ports())
         yield made
         warnings.simplefilter("ignore", ResourceWarning)  # Ray lets go of its processes while they end
         made.shutdown()
         gc.collect()
+
+
+def _ports() -> dict[str, int]:
+    """Ports for a node's helpers: one that must find its own has half a minute for it, too little on a busy machine."""
+    names = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in names]
+        for one in free:
+            one.bind(("", 0))
+        return dict(zip(names, (one.getsockname()[1] for one in free), strict=True))
 
 
 @contextlib.contextmanager
@@ -111,7 +122,7 @@ def test_a_killed_node_loses_what_it_ran_and_a_new_one_is_used(cluster: Any, tmp
         for job in rest:  # the others go on
             executor.send(job, {"stop": True})
         assert all(isinstance(event, Exited) for event in collect(executor, *rest))
-        cluster.add_node(num_cpus=2, num_gpus=2)
+        cluster.add_node(num_cpus=2, num_gpus=2, **_ports())
         until(executor, 4)
 
 
