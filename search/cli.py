@@ -13,8 +13,8 @@ import click
 
 from search import secrecy
 from search.errors import HeldoutError, RequestError
-from search.shown import options
-from search.shown.cli_recorded import COMMANDS
+from search.shown import cli_jobs, options
+from search.shown.cli_recorded import COMMANDS, elsewhere, named
 from search.shown.printing import compare_link, finished, print_json, told, watching
 
 if TYPE_CHECKING:
@@ -73,8 +73,9 @@ def main(debug: bool) -> None:
 @options.ray
 @options.disk
 @options.tags
+@options.sending
 @options.as_json
-def launch(space: str, as_json: bool, **asked: Any) -> None:
+def launch(space: str, cluster: str | None, detach: bool, as_json: bool, **asked: Any) -> None:
     """Search a space and test what it finds.
 
     SPACE is a Python file, a dotted module, or the name of a shipped space.
@@ -84,6 +85,9 @@ def launch(space: str, as_json: bool, **asked: Any) -> None:
     from search.wiring import launch as run
 
     config = StudyConfig(space=space, **asked)
+    _check_sending(cluster, detach)
+    if cluster is not None:
+        return cli_jobs.launched(click.get_current_context(), space, cluster, detach, as_json)
     with watching(_trainings(config), as_json, step=parse(config.validation).step) as watcher:
         study = run(space, watcher=watcher, **asked)
     finished(study, as_json)
@@ -97,10 +101,16 @@ def launch(space: str, as_json: bool, **asked: Any) -> None:
 @click.option("--max-disk", metavar="SIZE", help="As for launch [as launched].")
 @options.ends
 @options.ray
+@options.sending
 @options.workspace
 @options.as_json
-def resume(study: str, workspace: str | None, as_json: bool, **asked: Any) -> None:
+def resume(
+    study: str, cluster: str | None, detach: bool, workspace: str | None, as_json: bool, **asked: Any
+) -> None:
     """Continue STUDY where it stopped, or extend it."""
+    _check_sending(cluster, detach)
+    if cluster is not None:
+        return cli_jobs.resumed(click.get_current_context(), study, cluster, detach, as_json)
     from search.resuming import extended
     from search.resuming import resume as run
     from search.study import Study, config_of
@@ -199,6 +209,7 @@ def try_(space: str, params: str, epochs: int | None, seed: int, as_json: bool) 
     help="A file to add to model.keras; onnx and litert need an extra.",
 )
 @click.option("--register", metavar="NAME", help="Also put it in MLflow's registry, with the alias champion.")
+@options.tracking_uri
 @options.workspace
 @options.as_json
 def export(
@@ -208,6 +219,7 @@ def export(
     final: str | None,
     format_: str,
     register: str | None,
+    tracking_uri: str | None,
     workspace: str | None,
     as_json: bool,
 ) -> None:
@@ -218,9 +230,19 @@ def export(
     from search.export import export as run
     from search.study import Study
 
-    with watching(None, as_json) as watcher:
-        asked: dict[str, Any] = {"trial": trial, "final": final, "format": format_, "register": register}
-        lineage = run(Study(study, workspace), out, watcher=watcher, **asked)
+    asked: dict[str, Any] = {"trial": trial, "final": final, "format": format_, "register": register}
+    if uri := elsewhere(tracking_uri, study, workspace):
+        from search.service.elsewhere import read_model
+
+        if trial is not None or final is not None or format_ != "keras" or register is not None:
+            raise RequestError(
+                "of a study that ran elsewhere the model is copied that was published, so --trial, --final, --format "
+                "and --register cannot apply; export it where it ran"
+            )
+        lineage = read_model(uri, named(study), out)
+    else:
+        with watching(None, as_json) as watcher:
+            lineage = run(Study(study, workspace), out, watcher=watcher, **asked)
     if as_json:
         return print_json(lineage)
     files = [*{"model.keras": None} | lineage["checked"], "lineage.json", "MODEL_CARD.md", "space.py"]
@@ -291,12 +313,17 @@ def _say_error(text: str, debug: bool) -> None:
     click.echo(secrecy.scrub(f"heldout: {text}"), err=True)
 
 
+def _check_sending(cluster: str | None, detach: bool) -> None:
+    if detach and cluster is None:
+        raise RequestError("--detach goes with --cluster URL, where the study runs on; add that, or leave it out")
+
+
 def _trainings(config: StudyConfig) -> int:
     """Trainings of a whole study."""
     return config.trials + config.confirmation().runs
 
 
-for _command in COMMANDS:
+for _command in (*COMMANDS, *cli_jobs.COMMANDS):
     main.add_command(_command)
 
 if __name__ == "__main__":

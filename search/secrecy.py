@@ -122,7 +122,7 @@ def withheld(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_withheld(name: str, value: str) -> bool:
-    if name == "MLFLOW_TRACKING_URI":
+    if name in ("MLFLOW_TRACKING_URI", "HELDOUT_LEDGER"):
         return redacted(value) != value
     return name in _TRACKING or _LOOKS_SECRET.search(name) is not None
 

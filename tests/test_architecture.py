@@ -21,13 +21,14 @@ MOST_LINES = 420
 # needs a place here, which is the moment to think about what it may know.
 LAYERS = (
     {"errors"},
-    {"secrecy", "moving", "stylesheet", "findings", "serving"},
+    {"secrecy", "moving", "stylesheet", "findings", "serving", "answering"},
     {"trial", "disk", "channel", "problem", "files", "metrics", "chain", "journal_copy", "lock", "svg"},
     {"validation", "trials"},
-    {"rows", "assets", "domain", "traces", "ranks", "intervals", "ledger"},
+    {"rows", "assets", "packing", "domain", "traces", "ranks", "intervals", "database_chain"},
+    {"ledger"},
     {"template", "publishing", "watcher", "finalists"},
     {"split", "streams", "journal_file", "usage", "retries", "surroundings", "supervision", "pruners", "ends"},
-    {"space", "store", "leakage", "imported", "mirror"},
+    {"space", "store", "leakage", "mirror"},
     {"data", "failing", "rungs", "folds", "lines", "starting"},
     {"history", "tracing", "declaration", "scoring", "folding"},
     {"fused", "checkpoints", "best_epoch", "own_fit", "mended", "eventlog", "flops"},
@@ -39,12 +40,12 @@ LAYERS = (
     {"publisher", "verdicts", "candidates", "places", "blending"},
     {"samplers", "executors", "keeping", "tracking", "registry", "training", "selection"},
     {"predicting", "backbones", "custom_metric", "preflight", "merging", "formats", "architecture"},
-    {"study", "devices", "slots", "discovery", "recording"},
-    {"attempt", "agenda", "warm_start", "preprocessing"},
-    {"loading", "cost", "sanity", "board"},
+    {"study", "devices", "slots", "discovery", "recording", "job_server"},
+    {"attempt", "agenda", "warm_start", "preprocessing", "submitting"},
+    {"loading", "cost", "sanity", "board", "following"},
     {"withholding"},
     {"driver"},
-    {"judge", "worker", "stopping", "repairing", "lifecycle", "removing", "reserving"},
+    {"judge", "worker", "stopping", "repairing", "lifecycle", "removing", "storing", "reserving"},
     {"jobs", "belief", "picture", "garbage", "connecting", "agent", "sources"},
     {"calls"},
     {"ray_executor"},
@@ -60,9 +61,10 @@ LAYERS = (
     {"wiring", "rehearsal", "reproduction", "ensemble_judging"},
     {"resuming"},
     {"export", "ensemble_export"},
-    {"ensembling"},
+    {"ensembling", "elsewhere"},
     {"view", "ui", "options"},
     {"printing"},
+    {"cli_jobs"},
     {"cli_recorded"},
     {"", "cli"},  # "" is search/__init__.py, the documented functions
 )
@@ -86,8 +88,8 @@ STDLIB_ONLY = {
     *("places", "disk", "assets", "keeping", "lifecycle", "garbage", "reserving", "pruners", "ends", "agenda"),
     # A trial's own process, which trainings are forked from.
     *("validation", "folding"),
-    *("board", "serving", "architecture", "trials"),
-    *("mirror", "imported", "connecting", "launching", "agent", "sources"),
+    *("board", "serving", "architecture", "trials", "packing"),
+    *("mirror", "connecting", "launching", "agent", "sources"),
 }
 
 # Files of such a part that nothing loads but their name, once a study asks for that sampler.
@@ -101,7 +103,7 @@ SLOW = {
         *("sanity", "flops", "eventlog"),
     },
     "keras_tuner": {"tracing", "mended"},
-    "mlflow": {"tracking", "publisher", "removing"},
+    "mlflow": {"tracking", "publisher", "removing", "storing"},
     "scipy": {"statistics", "intervals", "samplers"},
     "tensorflow": set(),
     "hyperopt": set(),
@@ -111,6 +113,9 @@ SLOW = {
     "optuna": set(),
     "cmaes": set(),
     "torch": set(),
+    "requests": set(),
+    "psycopg": set(),
+    "aiohttp": set(),
     "ray": {"calls", "ray_executor"},  # for a study that runs on it
 }
 
@@ -121,7 +126,7 @@ MAY_REACH = {
 }
 
 # Processes of their own end without unwinding: a forked child must not run its parent's exit handlers.
-MAY_LEAVE_AT_ONCE = {"channel", "template", "tracking", "removing"}
+MAY_LEAVE_AT_ONCE = {"channel", "template", "tracking", "removing", "storing"}
 
 
 def part(path: Path) -> str:

@@ -17,7 +17,6 @@ from search.cluster import connecting
 from search.cluster.calls import AgentCalls
 from search.cluster.connecting import Share, connected, divided
 from search.cluster.sources import Sources
-from search.definition import imported
 from search.errors import ExecutorError, RequestError
 from search.executors import Exited, Job, Lost, Message, Slot
 from search.processes.devices import Gpu, granted
@@ -172,20 +171,6 @@ def test_alone_on_its_machine_leaves_other_machines_alone() -> None:
     assert alone is not None and alone.index == 0
     other = slots.take()
     assert other is not None and other.index == 2 and slots.take() is None
-
-
-def test_the_files_that_a_module_imports_from_its_folder(tmp_path: Path) -> None:
-    (tmp_path / "space.py").write_text("import keras\nimport layers\nfrom parts.deep import x\n")
-    (tmp_path / "layers.py").write_text("def f():\n    import more\n")
-    (tmp_path / "more.py").write_text("import layers, space\n")
-    (tmp_path / "unused.py").write_text("")
-    (tmp_path / "parts").mkdir()
-    for name in ("__init__", "deep", "other"):
-        (tmp_path / "parts" / f"{name}.py").write_text("")
-    found = imported.files(tmp_path / "space.py", (tmp_path / "space.py").read_text(), [tmp_path])
-    assert sorted(file.relative_to(tmp_path).as_posix() for file in found) == [
-        "layers.py", "more.py", "parts/__init__.py", "parts/deep.py", "parts/other.py", "space.py"
-    ]  # fmt: skip
 
 
 # ── agents on a real Ray ─────────────────────────────────────────────────────────────────────────

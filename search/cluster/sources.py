@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from search.cluster import mirror
-from search.definition import assets, imported
+from search.definition import assets, packing
 from search.definition.problem import Problem
 
 Spec = dict[str, Any]
@@ -93,9 +93,10 @@ class Sources:
         return root if any(asset["path"].startswith(f"{root}/") for asset in payload.get("assets") or ()) else None
 
     def _module(self, problem: Problem, beside: Sequence[str] = ()) -> Spec:
-        folder = Path(problem.path).parent
-        found = [file for file in imported.files(Path(problem.path), problem.source, [folder]) if file.is_file()]
-        return self._group(str(folder), [*map(str, found), *beside], problem.digest)
+        packed = packing.pack(problem)
+        files = [packed.folder / name for name in (packed.module, *packed.files)]
+        found = [str(file) for file in files if file.is_file()]
+        return self._group(str(packed.folder), [*found, *beside], problem.digest)
 
     def _group(self, root: str, paths: Sequence[str], key: str = "") -> Spec:
         """Several files and folders below one root, which are used where they are if a node has all of them."""

@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ class Chain:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows = path.with_name(f"{path.name}.rows")
+        self.shown = str(path)
 
     def lines(self) -> tuple[Line, ...]:
         """All lines in order, checked; none if there is no file.
@@ -77,9 +78,7 @@ class Chain:
         Raises:
             RequestError: If the disk is full or the file cannot be written; it is as before then.
         """
-        line = {"number": len(lines) + 1, "previous": lines[-1]["hash"] if lines else _GENESIS, **body}
-        line = json.loads(json.dumps(line))
-        left = memoryview(json.dumps(line | {"hash": _hash(line)}).encode() + b"\n")
+        left = memoryview(following(lines, body).encode() + b"\n")
         size = os.fstat(file).st_size
         try:
             while left:
@@ -98,7 +97,7 @@ class Chain:
             RequestError: As ``add``.
         """
         hashes = np.sort(hashes).astype("<u8")
-        digest = _digest(hashes)
+        digest = digest_of(hashes)
         path = self._rows / f"{digest}.npy"
         temporary = self._rows / f".{digest}-{os.getpid()}.npy"
         try:
@@ -128,28 +127,13 @@ class Chain:
             hashes = cast(Hashes, np.load(path, allow_pickle=False))
         except (OSError, ValueError) as error:
             raise self._broken(line["number"], f"names rows in {path}, which cannot be read") from error
-        if _digest(hashes) != line["rows"]:
+        if digest_of(hashes) != line["rows"]:
             raise self._broken(line["number"], f"names rows in {path}, which was changed")
         return hashes
 
     def _read(self, content: bytes) -> tuple[Line, ...]:
-        lines: list[Line] = []
-        previous = _GENESIS
         *whole, tail = content.split(b"\n")
-        for number, raw in enumerate([*whole, tail] if tail else whole, start=1):
-            try:
-                line = json.loads(raw)
-                claimed = line.pop("hash")
-                sound = claimed == _hash(line) and line["number"] == number and number <= len(whole)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                sound = False
-            if not sound:
-                raise self._broken(number, "was changed or cut short")
-            if line["previous"] != previous:
-                raise self._broken(number, "does not follow from the line before it")
-            previous = claimed
-            lines.append(line | {"hash": claimed})
-        return tuple(lines)
+        return checked([*whole, tail] if tail else whole, len(whole), self._broken)
 
     def _broken(self, number: int, what: str) -> RequestError:
         return RequestError(
@@ -164,9 +148,44 @@ class Chain:
         )
 
 
+def following(lines: Sequence[Line], body: Mapping[str, Any]) -> str:
+    """The text of the line that comes after these: ``number``, ``previous`` and ``hash`` around ``body``."""
+    line = {"number": len(lines) + 1, "previous": lines[-1]["hash"] if lines else _GENESIS, **body}
+    line = json.loads(json.dumps(line))
+    return json.dumps(line | {"hash": _hash(line)})
+
+
+def checked(
+    texts: Sequence[bytes | str], whole: int, broken: Callable[[int, str], RequestError]
+) -> tuple[Line, ...]:
+    """The lines that these texts are, in order.
+
+    Args:
+        whole: How many of them are known to be written to their end.
+        broken: Makes the error for a line that was changed or does not follow.
+    """
+    lines: list[Line] = []
+    previous = _GENESIS
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            claimed = line.pop("hash")
+            sound = claimed == _hash(line) and line["number"] == number and number <= whole
+        except (ValueError, KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise broken(number, "was changed or cut short")
+        if line["previous"] != previous:
+            raise broken(number, "does not follow from the line before it")
+        previous = claimed
+        lines.append(line | {"hash": claimed})
+    return tuple(lines)
+
+
+def digest_of(hashes: Hashes) -> str:
+    """The name of a sorted set of row hashes."""
+    return hashlib.sha256(hashes.astype("<u8").tobytes()).hexdigest()
+
+
 def _hash(line: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(hashes: Hashes) -> str:
-    return hashlib.sha256(hashes.astype("<u8").tobytes()).hexdigest()

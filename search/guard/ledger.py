@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from search.errors import RequestError
+from search.guard import database_chain
 from search.guard.chain import Chain, Hashes, Line
+from search.guard.database_chain import DatabaseChain
 
 SAME_ROWS = 0.2  # share of rows used before from which a set of rows is not a new one
 
@@ -37,13 +39,19 @@ class GuardUse:
 class Ledger:
     """The ledger at ``path``, by default ``HELDOUT_LEDGER`` or a file in the user's data folder.
 
+    ``postgresql://…`` is one that several machines share, as those of a cluster do.
     Any number of processes may use it at once. Every method raises RequestError if the chain is broken or the
     file cannot be used. Rows are the same rows if their fingerprint is, or if a fifth of them or more is.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = default_path() if path is None else Path(path)
-        self._chain = Chain(self.path)
+    def __init__(self, path: Path | str | None = None) -> None:
+        given = default_path() if path is None else path
+        if database := database_chain.address(given):
+            self._chain: Chain | DatabaseChain = DatabaseChain(database)
+            self.path: Path | str = database
+        else:
+            self.path = Path(given)
+            self._chain = Chain(self.path)
 
     def entries(self) -> tuple[Line, ...]:
         """All lines in order, after checking the chain."""
@@ -165,10 +173,10 @@ class Ledger:
         """What the ledger holds, after checking all of it.
 
         Returns:
-            JSON: ``path``, ``lines`` (their number), ``openings`` and ``guard`` (lists, oldest first, of ``time``,
-            ``study``, ``rows``, ``fingerprint``, and ``opening``, ``alpha``, ``result`` (whether one was
-            recorded) or ``trials``). Of a study's guard lines only those that hold. What an older version did
-            not record is None.
+            JSON: ``path`` (or the database's address), ``lines`` (their number), ``openings`` and ``guard`` (lists,
+            oldest first, of ``time``, ``study``, ``rows``, ``fingerprint``, and ``opening``, ``alpha``, ``result``
+            (whether one was recorded) or ``trials``). Of a study's guard lines only those that hold. What an older
+            version did not record is None.
         """
         lines, rows = self._checked()
         results = [line for line in lines if line["kind"] == "result"]
@@ -182,7 +190,7 @@ class Ledger:
             elif line["kind"] == "guard":
                 # The last line of a study counts, in the place of its first.
                 guard[line["study_id"], line["rows"]] = shown | {"trials": line["trials"], "rows": rows[line["rows"]]}
-        return {"path": str(self.path), "lines": len(lines), "openings": openings, "guard": list(guard.values())}
+        return {"path": self._chain.shown, "lines": len(lines), "openings": openings, "guard": list(guard.values())}
 
     def _checked(self) -> tuple[tuple[Line, ...], dict[str, int]]:
         """All lines, and the number of rows in each set that they name, after reading every set."""
@@ -214,11 +222,11 @@ def times(openings: int) -> str:
     return "once" if openings == 1 else f"{openings} times"
 
 
-def default_path() -> Path:
-    """``HELDOUT_LEDGER``, or ``ledger.jsonl`` in the user's data folder."""
+def default_path() -> Path | str:
+    """``HELDOUT_LEDGER``, a file or a database's address, or ``ledger.jsonl`` in the user's data folder."""
     given = os.environ.get("HELDOUT_LEDGER")
     if given:
-        return Path(given).expanduser()
+        return given if database_chain.address(given) else Path(given).expanduser()
     import platformdirs
 
     return Path(platformdirs.user_data_dir("heldout")) / "ledger.jsonl"

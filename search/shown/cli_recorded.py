@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 import click
 
-from search.errors import RequestError
+from search.errors import RequestError, StudyError
+from search.secrecy import redacted
 from search.shown import options
 from search.shown.printing import print_json, told, watching
 
 
 @click.command()
 @click.argument("study", required=False)
+@options.tracking_uri
 @options.workspace
 @options.as_json
-def status(study: str | None, workspace: str | None, as_json: bool) -> None:
+def status(study: str | None, tracking_uri: str | None, workspace: str | None, as_json: bool) -> None:
     """Show how far STUDY is, or all studies of the workspace."""
     from search.shown.report import status_line
     from search.study import Study, names, workspace_folder
 
+    if uri := elsewhere(tracking_uri, study, workspace):
+        from search.service.elsewhere import status as read
+
+        told_ = read(uri, study)
+        if as_json:
+            return print_json(told_[0] if study is not None else told_)
+        return click.echo("\n".join(map(status_line, told_)) or f"no studies in {redacted(uri)}")
     folder = workspace_folder(workspace)
     wanted = [study] if study is not None else names(folder)
     found = []
@@ -43,9 +53,12 @@ def status(study: str | None, workspace: str | None, as_json: bool) -> None:
 @click.command()
 @click.argument("study", required=False)
 @click.option("--html", metavar="FILE", help="Write one page with charts instead, for any browser.")
+@options.tracking_uri
 @options.workspace
 @options.as_json
-def report(study: str | None, html: str | None, workspace: str | None, as_json: bool) -> None:
+def report(
+    study: str | None, html: str | None, tracking_uri: str | None, workspace: str | None, as_json: bool
+) -> None:
     """Print what STUDY found, and what to believe of it."""
     if as_json and html is not None:
         raise RequestError("a report has one form: give one of --html and --json")
@@ -53,6 +66,13 @@ def report(study: str | None, html: str | None, workspace: str | None, as_json: 
     from search.shown.report import report as make
     from search.study import Study
 
+    if uri := elsewhere(tracking_uri, study, workspace):
+        from search.service.elsewhere import read_page, read_report
+
+        name = named(study)
+        if html is not None:
+            return click.echo(f"the report of {name} is in {read_page(uri, name, html)}")
+        return told(read_report(uri, name), lines, as_json)
     found = Study(study, workspace)
     if html is not None:
         path = found.html(html)
@@ -149,17 +169,22 @@ def tensorboard(study: str | None, port: int, workspace: str | None) -> None:
 
 
 @click.command()
-@click.argument("study")
+@click.argument("study", metavar="STUDY|JOB")
 @click.option("--now", is_flag=True, help="At once; trials that run begin anew on resume.")
+@click.option("--cluster", metavar="URL", help="Stop a job on the Ray cluster with this dashboard, at once.")
 @options.workspace
 @options.as_json
-def stop(study: str, now: bool, workspace: str | None, as_json: bool) -> None:
+def stop(study: str, now: bool, cluster: str | None, workspace: str | None, as_json: bool) -> None:
     """Ask a running STUDY to stop, its trials ended first.
 
     It can be resumed. Ctrl-C where it runs does the same, and a second Ctrl-C the same as --now.
     """
     from search.loop.stopping import stop as run
 
+    if cluster is not None:
+        from search.shown.cli_jobs import stopped
+
+        return stopped(cluster, study, as_json)
     found = run(study, now=now, workspace=workspace)
     if as_json:
         return print_json(found)
@@ -284,6 +309,29 @@ def collect(dry_run: bool, yes: bool, workspace: str | None, as_json: bool) -> N
         options.sure(yes, "remove all that?")
         found = garbage.gc(workspace)
     told(found, lambda waste: garbage.lines(waste, dry_run), as_json)
+
+
+def elsewhere(given: str | None, study: str | None, workspace: str | None) -> str | None:
+    """Where a study is to be read from, if not from the workspace.
+
+    That is where somebody says; or, for a study by name that the workspace does not have, the environment's server.
+    """
+    from search.study import Study
+    from search.tracker.publishing import anchored
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if given is not None or uri is None or study is None:
+        return None if given is None else anchored(given)
+    with contextlib.suppress(StudyError):
+        Study(study, workspace)
+        return None
+    return anchored(uri)
+
+
+def named(study: str | None) -> str:
+    if study is None:
+        raise RequestError("a study that ran elsewhere must be named; `heldout status --tracking-uri URI` lists them")
+    return study
 
 
 COMMANDS = (

@@ -58,6 +58,32 @@ def _kept(_: Any, __: Any, given: str) -> int | None:
     return int(given)
 
 
+def tracking_uri(command: Any) -> Any:
+    """Where a study is read from that ran elsewhere."""
+    return click.option(
+        "--tracking-uri",
+        metavar="URI",
+        help="Read a study that ran elsewhere from this MLflow [MLFLOW_TRACKING_URI, if it is not in the workspace].",
+    )(command)
+
+
+def cluster(command: Any) -> Any:
+    """Which cluster's jobs are meant."""
+    return click.option("--cluster", required=True, metavar="URL", help="Ray's dashboard, such as http://head:8265.")(
+        command
+    )
+
+
+def sending(command: Any) -> Any:
+    """To run as a job on a cluster, driver and all."""
+    command = click.option("--detach", is_flag=True, help="With --cluster: return once the job is queued.")(command)
+    return click.option(
+        "--cluster",
+        metavar="URL",
+        help="Run it as a job on the Ray cluster with this dashboard, its driver too, and follow it from here.",
+    )(command)
+
+
 def tags(command: Any) -> Any:
     """For MLflow."""
     return click.option(

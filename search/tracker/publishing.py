@@ -349,9 +349,10 @@ def _check_server(uri: str) -> str | None:
         )
     try:
         status = _status(uri, "/health")
-        if status != 200:
-            # Some gateways keep /health to themselves; then ask what the tracker will ask.
-            status = _status(uri, "/api/2.0/mlflow/experiments/search?max_results=1")
+        # What the tracker will ask: only there is a password asked for, and some gateways keep /health to themselves.
+        with contextlib.suppress(*((TimeoutError,) if status == 200 else ())):
+            asked = _status(uri, "/api/2.0/mlflow/experiments/search?max_results=1")
+            status = asked if status != 200 or asked in (401, 403) else status
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         return f"the tracking server {shown} must answer, but: {secrecy.scrub(str(reason))}"

@@ -186,12 +186,29 @@ def connect(uri: str) -> MlflowClient:
 
     # What fails is told by us, once; MLflow's own traceback each time would fill the log.
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)
-    scheme, _, rest = uri.partition("://")
-    if scheme.split("+")[0] == "sqlite" and not (file := Path(rest.partition("?")[0][1:])).exists():
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():
         _make_file(file)
+    if file is None and not uri.startswith(("http://", "https://")):
+        _ask_database(uri)
     client = MlflowClient(tracking_uri=uri)
     client.search_experiments(max_results=1)
     return client
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite address; None for any other."""
+    scheme, _, rest = uri.partition("://")
+    return Path(rest.partition("?")[0][1:]) if scheme.split("+")[0] == "sqlite" else None
+
+
+def _ask_database(uri: str) -> None:
+    """Connects once: MLflow itself tries for minutes, and a wrong password stays wrong."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+    with contextlib.closing(engine.connect()):
+        engine.dispose()
 
 
 def _make_file(file: Path) -> None:

@@ -1,0 +1,147 @@
+"""Jobs on a cluster: listing them, following what they say to their end, and stopping them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from search.errors import RequestError, StudyFailed, StudyStopped
+from search.service.job_server import Cluster
+from search.service.submitting import MARK, STOP_SECONDS
+
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+_POLL_SECONDS = 0.5
+_LOST_SECONDS = 60.0  # without a word from the cluster, after which following gives up
+
+
+def jobs(cluster: Cluster) -> list[dict[str, Any]]:
+    """Heldout's jobs, the newest last: ``job``, ``study``, ``state``, ``space``, ``user``, ``started``, ``ended``."""
+    with cluster.speaking():
+        found = [info for info in cluster.client.list_jobs() if (info.metadata or {}).get(MARK) in ("launch", "resume")]
+    return [_described(info) for info in sorted(found, key=lambda info: info.start_time or 0)]
+
+
+def log(cluster: Cluster, job: str) -> str:
+    """All that a job has said so far.
+
+    Raises:
+        StudyError: If there is no such job.
+    """
+    with cluster.speaking(job):
+        return str(cluster.client.get_job_logs(job))
+
+
+def follow(cluster: Cluster, job: str, say: Callable[[str], None]) -> int:
+    """Say what a job says, from its beginning to its end; a connection that is lost is made again.
+
+    Returns:
+        The exit code of the job's command.
+
+    Raises:
+        StudyError: If there is no such job.
+        StudyStopped: If somebody stopped it.
+        StudyFailed: If it ended otherwise than by its command, as when the cluster could not start it.
+    """
+    with cluster.speaking(job):
+        info = cluster.client.get_job_info(job)
+    said, heard = 0, time.monotonic()
+    while True:
+        try:
+            said = asyncio.run(_tail(cluster, job, said, say))
+            heard = time.monotonic()
+        except _Broken as broken:
+            heard = time.monotonic() if broken.said > said else heard
+            said = broken.said
+            if time.monotonic() - heard > _LOST_SECONDS:
+                raise RequestError(
+                    f"the cluster {cluster.address} must answer to be followed, but: {broken}; the job may go on: "
+                    f"`heldout logs {job} --cluster {cluster.address}` looks again"
+                ) from None
+            time.sleep(_POLL_SECONDS)
+            continue
+        with cluster.speaking(job):
+            info = cluster.client.get_job_info(job)
+        if info.status in _ENDED:
+            return _outcome(info, job, cluster)
+        time.sleep(_POLL_SECONDS)
+
+
+def stop(cluster: Cluster, job: str) -> dict[str, Any]:
+    """Stop a job and wait for its end, which it has a minute for.
+
+    Raises:
+        StudyError: If there is no such job.
+        RequestError: If it is over.
+    """
+    with cluster.speaking(job):
+        asked = cluster.client.stop_job(job)
+        info = cluster.client.get_job_info(job)
+        until = time.monotonic() + STOP_SECONDS + 30
+        while asked and info.status not in _ENDED and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS)
+            info = cluster.client.get_job_info(job)
+    if not asked:
+        raise RequestError(f"a job must run to be stopped, but {job!r} is {_state(info)} on {cluster.address}")
+    return _described(info)
+
+
+class _Broken(Exception):
+    """The connection was lost after so many characters were said."""
+
+    def __init__(self, said: int, why: str) -> None:
+        super().__init__(why)
+        self.said = said
+
+
+async def _tail(cluster: Cluster, job: str, skip: int, say: Callable[[str], None]) -> int:
+    """Say what follows the first ``skip`` characters of the log; how many it has when the connection ends."""
+    import aiohttp
+
+    came = 0
+    try:
+        async for text in cluster.client.tail_job_logs(job):
+            fresh = text[max(0, skip - came) :]
+            came += len(text)
+            if fresh:
+                say(fresh)
+    except (RuntimeError, OSError, aiohttp.ClientError) as error:
+        raise _Broken(max(came, skip), str(error) or type(error).__name__) from None
+    return max(came, skip)
+
+
+def _outcome(info: Any, job: str, cluster: Cluster) -> int:
+    state = _state(info)
+    if state == "STOPPED":
+        study = (info.metadata or {}).get("study", job)
+        raise StudyStopped(
+            f"job {job!r} was stopped; `heldout resume {study} --cluster {cluster.address}` goes on"
+        )
+    code = info.driver_exit_code
+    if code is None and state == "FAILED":
+        said = " ".join(str(info.message).split())[:300]
+        raise StudyFailed(f"job {job!r} must run to its end, but the cluster {cluster.address} says: {said}")
+    return 0 if code is None else code if 0 <= code < 256 else 1
+
+
+def _described(info: Any) -> dict[str, Any]:
+    meta = info.metadata or {}
+    return {
+        "job": info.submission_id,
+        "study": meta.get("study"),
+        "state": _state(info),
+        "space": meta.get("space"),
+        "user": meta.get("user"),
+        "started": _when(info.start_time),
+        "ended": _when(info.end_time),
+    }
+
+
+def _state(info: Any) -> str:
+    return str(getattr(info.status, "value", info.status))
+
+
+def _when(millis: int | None) -> str | None:
+    return None if not millis else datetime.fromtimestamp(millis / 1000, UTC).isoformat(timespec="seconds")
