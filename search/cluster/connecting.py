@@ -217,6 +217,7 @@ def _told(address: str, error: BaseException) -> str:
             f"--ray {address}: the cluster asks for a token, and takes none of ours; set RAY_AUTH_MODE=token and "
             "RAY_AUTH_TOKEN_PATH to the file that has it"
         )
+    said = said.partition("Traceback")[0].rstrip(" :") or type(error).__name__  # nobody's who asked for a search
     if address == LOCAL:
         return f"--ray local: a private Ray could not be started ({said[:300]})"
     return (
