@@ -36,7 +36,7 @@ LAYERS = (
     {"feeding", "few_errors"},
     {"journal", "statistics", "salvage"},
     {"enqueueing", "trial_table", "importance", "panels", "markup"},
-    {"runs", "parameter_panels", "suggestions"},
+    {"runs", "asking", "parameter_panels", "suggestions"},
     {"publisher", "verdicts", "candidates", "places", "blending"},
     {"samplers", "executors", "keeping", "tracking", "registry", "training", "selection"},
     {"predicting", "backbones", "custom_metric", "preflight", "merging", "formats", "architecture"},

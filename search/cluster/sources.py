@@ -34,6 +34,7 @@ class Sources:
         self._put, self._folder, self._problem, self._apart = put, folder, problem, apart
         self.workspace = workspace
         self._packed: dict[str, Spec] = {}
+        self._modules: dict[str, list[str]] = {}  # by the digest of a module's text, the files that it needs
         self._token: tuple[str, str] | None = None
 
     def setup(self) -> dict[str, Any]:
@@ -93,10 +94,12 @@ class Sources:
         return root if any(asset["path"].startswith(f"{root}/") for asset in payload.get("assets") or ()) else None
 
     def _module(self, problem: Problem, beside: Sequence[str] = ()) -> Spec:
-        packed = packing.pack(problem)
-        files = [packed.folder / name for name in (packed.module, *packed.files)]
-        found = [str(file) for file in files if file.is_file()]
-        return self._group(str(packed.folder), [*found, *beside], problem.digest)
+        folder = Path(problem.path).parent
+        if problem.digest not in self._modules:  # each trial asks, and trees of syntax are slow to read
+            packed = packing.pack(problem)
+            files = [folder / name for name in (packed.module, *packed.files)]
+            self._modules[problem.digest] = [str(file) for file in files if file.is_file()]
+        return self._group(str(folder), [*self._modules[problem.digest], *beside], problem.digest)
 
     def _group(self, root: str, paths: Sequence[str], key: str = "") -> Spec:
         """Several files and folders below one root, which are used where they are if a node has all of them."""

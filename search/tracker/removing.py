@@ -7,13 +7,10 @@ Runs are found by our tags, artifacts go before their run, and so what was cut s
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import sys
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,8 @@ from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from search import secrecy
 from search.record import disk, places
-from search.tracker import publishing, runs, tracking
+from search.tracker import asking, publishing, runs, tracking
 
 _SERVERS = ("http://", "https://")
 
@@ -73,30 +69,15 @@ def remove(uri: str, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _runs_of(client: MlflowClient, study_id: str) -> Iterator[Run]:
-    pages = _pages(lambda token: client.search_experiments(ViewType.ALL, 1000, page_token=token))
-    experiments = [one.experiment_id for one in pages]
-    wanted = f"tags.`{runs.STUDY_ID}` = '{study_id}'"
-    for start in range(0, len(experiments), 100):
-        ask = partial(client.search_runs, experiments[start : start + 100], wanted, ViewType.ALL, 1000, None)
-        yield from _pages(ask)
+    return asking.runs(client, f"tags.`{runs.STUDY_ID}` = '{study_id}'", ViewType.ALL)
 
 
 def _versions(client: MlflowClient, ours: set[str]) -> Iterator[Any]:
     """Registered model versions that come of these runs; none where there is no registry."""
     with contextlib.suppress(Exception):
-        for version in _pages(lambda token: client.search_model_versions(max_results=1000, page_token=token)):
+        for version in asking.pages(lambda token: client.search_model_versions(max_results=1000, page_token=token)):
             if version.run_id in ours:
                 yield version
-
-
-def _pages(ask: Any) -> Iterator[Any]:
-    token = None
-    while True:
-        page = ask(token)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _remove_artifacts(run: Run) -> int:
@@ -116,20 +97,5 @@ def _remove_artifacts(run: Run) -> int:
     return size
 
 
-def main() -> int:
-    """Answer one request; exit code 1 with a line of why if MLflow refuses."""
-    uri = os.environ["MLFLOW_TRACKING_URI"]
-    secrecy.learn_tracking(uri, least=1)
-    pipe = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no answer
-    try:
-        answer = remove(uri, json.load(sys.stdin))
-    except Exception as error:
-        answer = {"error": secrecy.scrub(" ".join(f"{type(error).__name__}: {error}".split()))[:500]}
-    with os.fdopen(pipe, "w") as out:
-        json.dump(answer, out)
-    return 1 if "error" in answer else 0
-
-
 if __name__ == "__main__":
-    os._exit(main())
+    os._exit(asking.answer(remove))

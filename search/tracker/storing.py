@@ -10,17 +10,15 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlflow import MlflowClient, set_tracking_uri
 from mlflow.entities import Run, ViewType
 
-from search import secrecy
-from search.tracker import runs, tracking
+from search.tracker import asking, runs, tracking
 
 PLACE = "published"
 _MANIFEST = "published.json"
@@ -99,31 +97,16 @@ def _named(client: MlflowClient, study: str | None) -> list[Run]:
 
 
 def _parents(client: MlflowClient, wanted: str) -> list[Run]:
-    found = [run for run in _search(client, wanted) if runs.TRIAL not in run.data.tags]
+    found = [run for run in asking.runs(client, wanted, ViewType.ACTIVE_ONLY) if runs.TRIAL not in run.data.tags]
     return sorted(found, key=lambda run: -run.info.start_time)
-
-
-def _search(client: MlflowClient, wanted: str, experiment: str | None = None) -> Iterator[Run]:
-    if experiment is not None:
-        experiments = [experiment]
-    else:
-        experiments = [one.experiment_id for one in client.search_experiments(max_results=1000)]
-    for start in range(0, len(experiments), 100):
-        token = None
-        while True:
-            part = experiments[start : start + 100]
-            page = client.search_runs(part, wanted, ViewType.ACTIVE_ONLY, 1000, page_token=token)
-            yield from page
-            token = page.token
-            if not token:
-                break
 
 
 def _state(client: MlflowClient, parent: Run) -> dict[str, Any]:
     """A study in the keys of ``Study.status``, as far as its runs tell."""
     tags, params, run = parent.data.tags, parent.data.params, parent.info
     last: dict[int, Run] = {}
-    for one in _search(client, f"tags.`{runs.STUDY_ID}` = '{tags[runs.STUDY_ID]}'", run.experiment_id):
+    own_tag = f"tags.`{runs.STUDY_ID}` = '{tags[runs.STUDY_ID]}'"
+    for one in asking.runs(client, own_tag, ViewType.ACTIVE_ONLY, [run.experiment_id]):
         if runs.TRIAL in one.data.tags:
             key = int(one.data.tags[runs.TRIAL])
             if key not in last or int(one.data.tags[runs.ATTEMPT]) > int(last[key].data.tags[runs.ATTEMPT]):
@@ -160,25 +143,14 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def main() -> int:
-    """Answer one request; exit code 1 with a line of why if MLflow refuses."""
-    uri = os.environ["MLFLOW_TRACKING_URI"]
-    secrecy.learn_tracking(uri, least=1)
-    pipe = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no answer
-    try:
-        asked = json.load(sys.stdin)
-        set_tracking_uri(uri)  # artifacts behind a server are found by it
-        file = tracking.sqlite_file(uri)
-        if file is not None and not file.exists():  # nothing is made by looking
-            raise FileNotFoundError(f"{file} must be MLflow's file, but is not there")
-        answer = {"store": store, "states": states, "fetch": fetch}[asked["do"]](tracking.connect(uri), asked)
-    except Exception as error:
-        answer = {"error": secrecy.scrub(" ".join(f"{type(error).__name__}: {error}".split()))[:500]}
-    with os.fdopen(pipe, "w") as out:
-        json.dump(answer, out)
-    return 1 if "error" in answer else 0
+def act(uri: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Do what is asked: ``store``, ``states`` or ``fetch``."""
+    set_tracking_uri(uri)  # artifacts behind a server are found by it
+    file = tracking.sqlite_file(uri)
+    if file is not None and not file.exists():  # nothing is made by looking
+        raise FileNotFoundError(f"{file} must be MLflow's file, but is not there")
+    return {"store": store, "states": states, "fetch": fetch}[asked["do"]](tracking.connect(uri), asked)
 
 
 if __name__ == "__main__":
-    os._exit(main())
+    os._exit(asking.answer(act))
