@@ -46,6 +46,7 @@ def resume(
     target: float | None = None,
     accept_changes: bool = False,
     ray: str | None = None,
+    max_slots: int | None = None,
     workspace: str | None = None,
     watcher: Watcher | None = None,
 ) -> Study:
@@ -56,7 +57,7 @@ def resume(
         evaluate: A new word on the test rows, as in ``StudyConfig``; None keeps the recorded one.
         max_disk, timeout, stop_after_stale, max_gpu_hours, target: New limits, as in ``StudyConfig``.
         accept_changes: Go on with the space module as it is now, if it was changed.
-        ray: Another cluster, as in ``StudyConfig``, or ``"none"`` for this machine alone.
+        ray: Another cluster, as in ``StudyConfig``, or ``"none"`` for this machine alone; max_slots: of it.
 
     Raises:
         StudyError: If there is no such study, it is being driven, it is complete, or its module has changed.
@@ -73,6 +74,7 @@ def resume(
         before = config_of(journal)
     given: dict[str, Any] = {"evaluate": evaluate, "max_disk": max_disk, "timeout": timeout, "target": target}
     given |= {"stop_after_stale": stop_after_stale, "max_gpu_hours": max_gpu_hours, "ray": ray}
+    given["max_slots"] = max_slots
     asked = dataclasses.replace(before, **{key: value for key, value in given.items() if value is not None})
     get_sampler(asked.sampler)  # it may need a package that is not here
     if asked.tensorboard:

@@ -54,6 +54,7 @@ class StudyConfig:
         trials_per_gpu: Trials that share one GPU.
         gpus_per_trial: GPUs that one trial gets.
         ray: Runs trials on a Ray cluster: ``"local"`` for a private one, ``"auto"`` or ``"HOST:PORT"``; else None.
+        max_slots: Trials at a time on that cluster at most; None for ``connecting.MOST_SLOTS`` where others use it too.
         seed: Of proposals and trainings; never moves a row between tiers.
         split_seed: Of the split of rows into tiers.
         validation: How a configuration is judged, see ``validation.parse``: by the stored split (``"holdout"``), by
@@ -101,6 +102,7 @@ class StudyConfig:
     trials_per_gpu: int | None = None
     gpus_per_trial: int | None = None
     ray: str | None = None
+    max_slots: int | None = None
     seed: int = 0
     split_seed: int = 0
     validation: str = HOLDOUT
@@ -125,7 +127,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         whole = ("trials", "epochs", "workers", "trials_per_gpu", "gpus_per_trial", "confirm_seeds", "keep", "grace")
-        for name in (*whole, "stop_after_stale"):
+        for name in (*whole, "stop_after_stale", "max_slots"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise RequestError(f"{_flag(name)} must be a whole number of at least 1, but got {value!r}")

@@ -55,6 +55,10 @@ def launch(space: str, *, watcher: Watcher | None = None, **options: Any) -> Stu
     from search.guard.ledger import Ledger, times
 
     watcher = watcher or Silent()
+    if config.max_slots is not None and config.ray is None:
+        raise RequestError(
+            f"--max-slots {config.max_slots} is for a cluster, but none is given; add --ray, or use --workers"
+        )
     problem = find(config.space)
     chosen = get_sampler(config.sampler)
     asked_first = enqueueing.read(config.enqueue)
@@ -264,6 +268,8 @@ def drive(
         )
         with stopping.gracefully():
             ended = driver.run()
+        if executor is not here:
+            executor.close()  # others can use its nodes while this one machine tests
         journal.put("ended", ended)
         if ended == "stopped":
             state = "STOPPED"

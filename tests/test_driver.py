@@ -308,6 +308,20 @@ def test_what_was_running_when_the_driver_ended_runs_again(tmp_path: Path) -> No
 
 
 
+def test_an_executor_is_told_whether_more_slots_would_be_used(journal: Journal) -> None:
+    told: list[tuple[int, bool]] = []
+
+    class Told(InlineExecutor):
+        def need(self, more: bool) -> None:
+            told.append((len(journal.history()), more))
+
+    executor = Told(study(RATE, score=lambda p: p["rate"]), [Slot(n, 1) for n in range(2)])
+    driver(journal, None, trials=6, executor=executor).run()
+    assert told[0] == (1, True), "others wait for the baseline alone"
+    assert all(more for begun, more in told if 1 < begun < 6)
+    assert told[-1] == (6, False)
+
+
 class Held(InlineExecutor):
     """Keeps the end of some jobs to itself for a while, and loses others."""
 

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from search.cluster import ray_executor
 from search.cluster.connecting import Division, connected
 from search.executors import Exited, Job, Lost, Message
 from search.record.journal import Journal
@@ -35,6 +37,7 @@ from tests.tiny import write_space
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 GPUS = Division(1, gpus=1)
+MARK = "HELDOUT_TEST_CLUSTER"
 
 
 @pytest.fixture
@@ -44,6 +47,7 @@ def cluster() -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    os.environ[MARK] = uuid.uuid4().hex  # which its processes inherit
     from ray.cluster_utils import Cluster
 
     with warnings.catch_warnings():
@@ -142,6 +146,27 @@ def test_a_killed_agent_costs_what_it_ran(cluster: Any, tmp_path: Path) -> None:
         until(executor, 4)
 
 
+def test_a_study_goes_where_others_leave_room(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two studies on four GPUs: what one has is not waited for while another node has room."""
+    monkeypatch.setattr(ray_executor, "_IDLE", 2.0)
+    with connected(cluster.address, None) as ray:
+        for name in "ab":
+            (tmp_path / name).mkdir()
+        with on_ray(ray, tmp_path / "a", division=Division(1, 2, gpus=1)) as first:
+            until(first, 2)
+            (taken,) = {slot.machine for slot in first.slots}  # both on one node
+            with on_ray(ray, tmp_path / "b", division=Division(1, 3, gpus=1)) as second:
+                until(second, 2)
+                assert taken not in {slot.machine for slot in second.slots}
+                assert len(second._agents) == 3, "the third one waits"
+                cluster.add_node(num_cpus=2, num_gpus=2, **_ports())
+                until(second, 3)  # and does not wait for a node where there is none
+                first.need(False)
+                until(first, 0)
+                executed = ray.available_resources()["GPU"]
+                assert executed == 3.0, executed
+
+
 def test_a_slow_network_delays_and_breaks_nothing(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,12 +235,13 @@ def test_a_driver_killed_on_the_head_leaves_nothing_and_is_resumed(cluster: Any,
 
 
 def _agents() -> list[int]:
-    """Processes of agents, by the name that Ray gives them."""
-    found = []
+    """Processes of this cluster's agents, by the name that Ray gives them."""
+    found, mark = [], f"{MARK}={os.environ[MARK]}".encode()
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal():
             with contextlib.suppress(OSError):
-                if Path(entry.path, "cmdline").read_bytes().startswith(b"ray::Agent") and alive(int(entry.name)):
+                called, environ = (Path(entry.path, name).read_bytes() for name in ("cmdline", "environ"))
+                if called.startswith(b"ray::Agent") and mark in environ.split(b"\0") and alive(int(entry.name)):
                     found.append(int(entry.name))
     return found
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from search.cluster import connecting
+from search.cli import main
+from search.cluster import connecting, ray_executor
 from search.cluster.calls import AgentCalls
-from search.cluster.connecting import Share, connected, divided
+from search.cluster.connecting import MOST_SLOTS, Division, Share, connected, divided
 from search.cluster.sources import Sources
 from search.errors import ExecutorError, RequestError
 from search.executors import Exited, Job, Lost, Message, Slot
@@ -90,7 +92,7 @@ def test_none_ends_what_was_asked_for_before() -> None:
 
 def test_without_a_number_each_cpu_is_a_slot_and_agents_are_small() -> None:
     nodes = [node("a", 20), node("b", 2), node("head", 0)]
-    division = divided(StudyConfig(space="s"), nodes)
+    division = divided(StudyConfig(space="s", ray="local"), nodes)
     shares = division.shares(nodes, [])
     assert [(s.node, s.slots, s.cpus, s.threads) for s in shares] == [
         ("a", 8, 8, 1), ("a", 8, 8, 1), ("a", 4, 4, 1), ("b", 2, 2, 1)
@@ -142,6 +144,44 @@ def test_more_gpus_for_a_trial_than_a_node_has_are_refused() -> None:
         divided(StudyConfig(space="s", gpus_per_trial=3), [node("a", 4, 2), node("b", 4, 1)])
 
 
+def test_a_study_that_names_no_number_leaves_others_their_share() -> None:
+    many = [node("a", 64, 8), node("b", 64, 8), node("c", 64, 8)]
+    gpus = divided(StudyConfig(space="s", ray="head:6379"), many)
+    assert sum(share.slots for share in gpus.shares(many, [])) == MOST_SLOTS == 16
+    cpus = divided(StudyConfig(space="s", ray="head:6379", gpus="none"), many)
+    assert sum(share.slots for share in cpus.shares(many, [])) == 16
+    assert divided(StudyConfig(space="s", ray="local"), [node("a", 64)]).most is None
+    assert divided(StudyConfig(space="s", ray="head:6379", workers=40), many).most == 40
+    assert divided(StudyConfig(space="s", ray="head:6379", workers=40, max_slots=30), many).most == 30
+    asked = divided(StudyConfig(space="s", ray="head:6379", max_slots=20), many)
+    assert sum(share.slots for share in asked.shares(many, [])) == 20
+    assert "at most [16;" in CliRunner().invoke(main, ["launch", "--help"]).output
+
+
+def test_a_gpu_is_shared_by_all_of_its_trials_or_not_taken() -> None:
+    nodes = [node("a", 8, 4)]
+    division = divided(StudyConfig(space="s", ray="head:6379", trials_per_gpu=3, max_slots=7), nodes)
+    assert [share.slots for share in division.shares(nodes, [])] == [3, 3]
+    with pytest.raises(RequestError, match=r"--max-slots must be at least --trials-per-gpu \(3\), but got 2"):
+        divided(StudyConfig(space="s", ray="head:6379", trials_per_gpu=3, max_slots=2), nodes)
+
+
+def test_what_others_have_is_not_waited_for_while_there_is_room_elsewhere() -> None:
+    nodes = [node("a", 8, 4), node("b", 8, 4), node("c", 8, 4)]
+    division = Division(1, 4, gpus=1)
+    free: dict[str, tuple[float, float]] = {"a": (8, 0), "b": (3.5, 4)}
+    first = division.shares(nodes, [], free)  # b has CPUs for one of its GPUs alone, and nothing is known of c
+    assert first == [Share("b", 2, 1, 1, 2)]
+    assert [share.node for share in division.shares(nodes, first)] == ["a"] * 3
+    half = Division(2, 6).shares(nodes, [], {"a": (5.0, 0), "b": (1.0, 0), "c": (8.0, 0)})
+    assert [(share.node, share.slots, share.cpus) for share in half] == [("a", 2, 4), ("c", 4, 8)]
+
+
+def test_a_limit_of_slots_without_a_cluster_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="--max-slots 3 is for a cluster, but none is given; add --ray"):
+        launch(write_space(tmp_path), max_slots=3, workspace=str(tmp_path / "ws"))
+
+
 def test_gpus_that_ray_grants_are_named_by_uuid_where_there_is_one() -> None:
     real = [Gpu(f"GPU-{n}", n, "x", 1000) for n in range(4)]
     (slot,) = granted(["2", "3"], 1, 4, "here", lambda: real)
@@ -191,6 +231,39 @@ def test_a_killed_agent_loses_its_jobs_leaves_nothing_and_is_placed_again(privat
         assert gone(pids, 2.0)
         assert collect(executor, "a")[-1] == Lost("a", taken=False)  # its machine is still there
         assert executor.slots == ()
+        assert executor.wait(PATIENCE)
+        executor.submit(Job("b", "echo", {"body": 1}), None)
+        assert Message("b", {"type": "result", "body": 1}) in collect(executor, "b")
+
+
+def test_idle_agents_are_given_back_and_placed_again_when_they_are_needed(
+    private_ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_executor, "_IDLE", 1.0)
+    monkeypatch.setattr(ray_executor, "_LOOK", 0.2)
+    monkeypatch.setattr(connecting, "_SLOTS", 1)  # an agent for each
+
+    def until(slots: int, cpus: float) -> None:
+        over = time.monotonic() + PATIENCE
+        while len(executor.slots) != slots or private_ray.available_resources().get("CPU", 0.0) != cpus:
+            assert time.monotonic() < over, (executor.slots, private_ray.available_resources())
+            assert executor.poll(0.2) == []
+
+    every = private_ray.cluster_resources()["CPU"]
+    with on_ray(private_ray, tmp_path, slots=3) as executor:
+        until(3, every - 3)
+        executor.submit(Job("a", "dialogue"), executor.slots[1])
+        executor.need(False)
+        until(1, every - 1)  # that which runs a trial stays
+        executor.need(True)
+        until(3, every - 3)
+        executor.send("a", {"question": 4})
+        assert first_message(executor, "a") == {"answer": 8}
+        executor.kill("a")
+        collect(executor, "a")
+        executor.need(False)
+        until(0, every)
+        executor.need(True)
         assert executor.wait(PATIENCE)
         executor.submit(Job("b", "echo", {"body": 1}), None)
         assert Message("b", {"type": "result", "body": 1}) in collect(executor, "b")

@@ -91,6 +91,8 @@ class AgentCalls:
         said: What its ``begin`` said; None before.
         slots: Its slots, by the number that they have here; inner: their numbers there.
         sent: Files that its node has.
+        is_placed: Whether a node has had room for it.
+        used: When it was asked for, was ready, or ended a trial last, by the monotonic clock.
         is_gone: Whether it counts as dead; what it still says is not heard.
     """
 
@@ -102,6 +104,8 @@ class AgentCalls:
     inner: dict[int, int] = field(default_factory=dict)
     running: dict[str, Running] = field(default_factory=dict)
     sent: set[int] = field(default_factory=set)
+    is_placed: bool = False
+    used: float = field(default_factory=time.monotonic)
     is_gone: bool = False
     _orders: deque[dict[str, Any]] = field(default_factory=deque)  # not acknowledged yet
     _acknowledged: int = 0

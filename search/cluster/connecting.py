@@ -22,6 +22,9 @@ from search.study import StudyConfig
 
 LOCAL = "local"
 _SECONDS = 5.0  # that an address has for answering
+MOST_SLOTS = 16
+"""Of a study that names no number: a team shares the cluster, and proposals gain little from more at a time."""
+
 _SLOTS = 8  # CPU slots of one agent at most: what its death costs
 _TRIES = 3  # to start a private Ray: it gives its own processes half a minute, which a busy machine may exceed
 _SETTINGS = {
@@ -33,6 +36,12 @@ _SETTINGS = {
     "RAY_worker_niceness": "0",  # or trials would give way to all else, the search itself included
     "RAY_prestart_worker_first_driver": "0",  # a process for each CPU, of which none is needed
 }
+
+
+Room = tuple[float, float]
+"""CPUs and GPUs of a node."""
+
+_ANY: Room = (1e9, 1e9)
 
 
 @dataclass(frozen=True)
@@ -67,36 +76,39 @@ class Division:
     gpus: int = 0
     sharing: int = 1
 
-    def shares(self, nodes: Sequence[Mapping[str, Any]], taken: Sequence[Share]) -> list[Share]:
+    def shares(
+        self, nodes: Sequence[Mapping[str, Any]], taken: Sequence[Share], free: Mapping[str, Room] | None = None
+    ) -> list[Share]:
         """The shares that have no agent yet.
 
         Args:
             nodes: As ``ray.nodes()`` lists them, the living ones.
             taken: Those that have one, or may not have one now.
+            free: What nobody has of each node, by its id: then only shares that find room at once.
         """
         found: list[Share] = []
-        left = None if self.most is None else self.most - sum(share.slots for share in taken)
+        left = (_ANY[0] if self.most is None else self.most) - sum(share.slots for share in taken)
         for node in nodes:
             own = [share for share in taken if share.node == node["NodeID"]]
-            while (share := self._next(node, own)) is not None and (left is None or left > 0):
-                if left is not None:
-                    size = min(left, share.slots) if not self.gpus else share.slots
-                    share = Share(share.node, share.cpus if self.gpus else size * self.threads, share.gpus, size,
-                                  share.threads)  # fmt: skip
-                    left -= share.slots
+            room = _ANY if free is None else free.get(node["NodeID"], (0, 0))
+            while (share := self._next(node, own, left, room)) is not None:
+                left, room = left - share.slots, (room[0] - share.cpus, room[1] - share.gpus)
                 own.append(share)
                 found.append(share)
         return found
 
-    def _next(self, node: Mapping[str, Any], own: Sequence[Share]) -> Share | None:
+    def _next(self, node: Mapping[str, Any], own: Sequence[Share], left: float, room: Room) -> Share | None:
+        """A node's next share, of so many slots at most and within that room."""
         cpus, gpus = (int(node["Resources"].get(name, 0)) for name in ("CPU", "GPU"))
         if self.gpus:
             groups = gpus // self.gpus
-            if len(own) >= groups:
+            if len(own) >= groups or self.sharing > left:
                 return None
             each = cpus // groups
-            return Share(node["NodeID"], each, self.gpus, self.sharing, max(1, each // self.sharing))
-        slots = min(cpus // self.threads - sum(share.slots for share in own), _SLOTS)
+            share = Share(node["NodeID"], each, self.gpus, self.sharing, max(1, each // self.sharing))
+            return share if share.cpus <= room[0] and share.gpus <= room[1] else None
+        idle = cpus // self.threads - sum(share.slots for share in own)
+        slots = int(min(idle, room[0] // self.threads, left, _SLOTS))
         return Share(node["NodeID"], slots * self.threads, 0, slots, self.threads) if slots > 0 else None
 
 
@@ -118,7 +130,11 @@ def divided(config: StudyConfig, nodes: Sequence[Mapping[str, Any]]) -> Division
             raise RequestError(
                 f"--gpus-per-trial must be at most {max(gpus)}, the GPUs of the cluster's largest node, but got {each}"
             )
-        return Division(1, gpus=each, sharing=config.trials_per_gpu or 1)
+        sharing = config.trials_per_gpu or 1
+        most = most_slots(config)
+        if most is not None and sharing > most:
+            raise RequestError(f"--max-slots must be at least --trials-per-gpu ({sharing}), but got {most}")
+        return Division(1, most, gpus=each, sharing=sharing)
     if asked or config.max_gpu_hours is not None:
         needing = asked or "--max-gpu-hours"
         raise RequestError(f"{needing} needs GPUs, but the trials on this cluster have none; leave it out")
@@ -127,7 +143,20 @@ def divided(config: StudyConfig, nodes: Sequence[Mapping[str, Any]]) -> Division
         threads = max(1, sum(cpus) // config.workers)
         while threads > 1 and sum(count // threads for count in cpus) < config.workers:
             threads -= 1
-    return Division(threads, config.workers)
+    return Division(threads, most_slots(config))
+
+
+def most_slots(config: StudyConfig) -> int | None:
+    """How many trials a study may run at a time on its cluster; None for as many as there is room for."""
+    given = [asked for asked in (config.workers, config.max_slots) if asked is not None]
+    return min(given) if given else None if config.ray == LOCAL else MOST_SLOTS
+
+
+def free_of_each(ray: Any) -> dict[str, Room]:
+    """What nobody has of each node, by its id; a moment old."""
+    # Its public functions tell this of the cluster as a whole alone.
+    found = ray._private.state.available_resources_per_node()
+    return {node: (room.get("CPU", 0.0), room.get("GPU", 0.0)) for node, room in found.items()}
 
 
 @contextlib.contextmanager

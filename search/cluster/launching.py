@@ -62,9 +62,10 @@ def spread(
             except ExecutorError as error:
                 raise RequestError(f"--ray {config.ray}: {error}") from None
             where = "a private Ray" if config.ray == LOCAL else f"Ray at {config.ray}"
+            most = "" if division.most is None or config.workers else f" of {division.most} at most (--max-slots)"
             watcher.say(
-                f"trials run on {where}, in {len(executor.slots)} slots at present; the search itself runs here, on "
-                f"{socket.gethostname()}, for as long as this command does"
+                f"trials run on {where}, in {len(executor.slots)} slots at present{most}; the search itself runs "
+                f"here, on {socket.gethostname()}, for as long as this command does"
                 if ready
                 else f"on {where} no agent is ready yet: trials begin when it has room; the search itself runs here"
             )

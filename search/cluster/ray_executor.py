@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from search.cluster import mirror
 from search.cluster.agent import Agent, source_digest, versions
 from search.cluster.calls import AgentCalls, Answers, Running
-from search.cluster.connecting import Division, Share
+from search.cluster.connecting import Division, Share, free_of_each
 from search.cluster.sources import Sources
 from search.errors import ExecutorError
 from search.executors import Event, Exited, Job, Lost, Message, Slot, Warned, died, task
@@ -29,6 +29,8 @@ from search.processes.channel import encode
 _LOOK = 3.0  # seconds between looks at which nodes there are
 _PAUSES = (0.0, 5.0, 30.0, 120.0)  # before an agent is placed once more where others died one after the other
 _LEAVING = 5.0  # seconds that agents have to end by themselves
+_IDLE = 30.0  # seconds without a trial, and with none to come, after which an agent is given back
+_QUEUED = 10.0  # seconds that an agent waits for a busy node before it is placed on one that is free
 # A call that waits for what happens must not keep orders waiting.
 _GROUPS = {"poll": 1, "order": 1}
 
@@ -77,6 +79,7 @@ class RayExecutor:
         self._deaths: dict[str, tuple[int, float]] = {}  # of a node's agents in a row, and when one may be placed again
         self._refused: dict[str, str] = {}  # nodes that cannot run trials, and why
         self._warned: set[str] = set()
+        self._needs_more = True
         self._closed = False
 
     # ── the protocol ─────────────────────────────────────────────────────────────────────────────
@@ -148,9 +151,15 @@ class RayExecutor:
                 break
         events = list(self._events)
         self._events.clear()
-        if not events and self._refused and not self._agents:
+        if not events and self._refused and not self._agents and self._needs_more:
             raise ExecutorError(f"no node of the cluster can run trials: {next(iter(self._refused.values()))}")
         return events
+
+    def need(self, more: bool) -> None:
+        """Place agents while more trials could begin; give idle ones back to the cluster while none could."""
+        if more and not self._needs_more:
+            self._looked = 0.0  # at the next poll
+        self._needs_more = more
 
     def send(self, job_id: str, body: Mapping[str, Any]) -> None:
         """Send a message to a job; nothing happens if it is gone."""
@@ -225,8 +234,12 @@ class RayExecutor:
         return next((agent for agent in self._agents if job_id in agent.running), None)
 
     def _look(self) -> None:
-        """Place agents on what is free of the cluster."""
+        """Place agents on what is free of the cluster, and on what is not they wait; or give idle ones back."""
         self._looked = now = time.monotonic()
+        if not self._needs_more:
+            for agent in [one for one in self._agents if not one.running and now - one.used > _IDLE]:
+                self._give_back(agent)
+            return
         usable = [
             node
             for node in ray.nodes()
@@ -234,8 +247,14 @@ class RayExecutor:
             and node["NodeID"] not in self._refused
             and self._deaths.get(node["NodeID"], (0, 0.0))[1] <= now
         ]
-        for share in self._division.shares(usable, [agent.share for agent in self._agents]):
-            self._place(share)
+        free = free_of_each(ray)
+        waiting = [agent for agent in self._agents if not agent.is_placed and now - agent.used > _QUEUED]
+        others = [agent.share for agent in self._agents if agent not in waiting]
+        for agent, _ in zip(waiting, self._division.shares(usable, others, free), strict=False):
+            self._drop(agent)
+        for room in (free, None):
+            for share in self._division.shares(usable, [agent.share for agent in self._agents], room):
+                self._place(share)
 
     def _place(self, share: Share) -> None:
         kept_to = NodeAffinitySchedulingStrategy(share.node, soft=False)
@@ -249,6 +268,7 @@ class RayExecutor:
             "environ": dict(self._environ),
             "executor": {**self._options, "template_threads": share.threads},
         }
+        self._answers.bring(agent, "placed", agent.handle.__ray_ready__.remote())
         self._answers.bring(agent, "begin", agent.handle.begin.remote(setup, self._secrets))
 
     def _ring(self) -> None:
@@ -260,11 +280,15 @@ class RayExecutor:
             self._woken.recv(4096)
         while (arrived := self._answers.take()) is not None:
             agent, what, future = arrived
+            if what == "close":
+                self._let_go(agent)
             if agent.is_gone:
                 continue
             if (error := future.exception()) is not None:
                 if not agent.may_return(what, error):
                     self._lose(agent, error)
+            elif what == "placed":
+                agent.is_placed = True
             elif what == "begin":
                 self._began(agent, future.result())
             else:
@@ -275,7 +299,7 @@ class RayExecutor:
     def _began(self, agent: AgentCalls, said: dict[str, Any]) -> None:
         if "error" in said:
             return self._give_up(agent, said["error"])
-        agent.said = said
+        agent.said, agent.used = said, time.monotonic()
         for name, own in versions().items():
             if (found := said["versions"].get(name)) != own:
                 self._warn(f"{said['host']} has {name} {found}, and this machine has {own}: trials may differ by that")
@@ -301,6 +325,14 @@ class RayExecutor:
             if agent.said is None and (is_error or deaths > len(_PAUSES)):
                 self._refuse(node, f"could not start an agent ({why[-300:]})")
         self._events += [Lost(job, taken=is_taken) for job in agent.running]
+
+    def _give_back(self, agent: AgentCalls) -> None:
+        """End an idle agent in order, which removes what it has written on its node."""
+        agent.is_gone, self._slots = True, None
+        self._agents.remove(agent)
+        if agent.said is None:
+            return self._let_go(agent)
+        self._answers.bring(agent, "close", agent.handle.close.remote())
 
     def _drop(self, agent: AgentCalls) -> None:
         agent.is_gone, self._slots = True, None
@@ -357,6 +389,7 @@ class RayExecutor:
             self._events.append(Message(name, said))
         else:
             del agent.running[name]
+            agent.used = time.monotonic()
             self._deaths.pop(agent.share.node, None)
             kind = Lost if "lost" in body else Exited
             self._events.append(kind(name, **body["known"]))

@@ -172,6 +172,13 @@ class Executor(Protocol):
         """
         ...
 
+    def need(self, more: bool) -> None:
+        """Say whether more trials could begin if there were more slots; true until it is said.
+
+        While it is not so, an executor that shares its machines with others may give idle ones back.
+        """
+        ...
+
     def send(self, job_id: str, body: Mapping[str, Any]) -> None:
         """Send a message to a job; nothing happens if it is gone."""
         ...

@@ -94,6 +94,9 @@ class InlineExecutor:
                 self._busy.pop(event.job, None)
         return events
 
+    def need(self, more: bool) -> None:
+        """Nothing: its slots are this machine's and stay."""
+
     def send(self, job_id: str, body: Mapping[str, Any]) -> None:
         """Let a job that waits go on with this message; nothing happens to one that has ended."""
         if job_id in self._waiting:

@@ -194,6 +194,9 @@ class LocalExecutor:
             raise self._failure
         return events
 
+    def need(self, more: bool) -> None:
+        """Nothing: its slots are this machine's and stay."""
+
     def send(self, job_id: str, body: Mapping[str, Any]) -> None:
         """Send a message to a job; nothing happens if it is gone."""
         if job_id in self._running:

@@ -129,7 +129,7 @@ class Driver:
                     raise self._hopeless
                 self._end_overdue()
                 self._heed_stop()
-                self._fill()
+                self._executor.need(self._fill())
             self._submit()
             self._recording.flush()
             self._tick()
@@ -168,26 +168,28 @@ class Driver:
     def _more(self) -> bool:
         return not self._stopping and self._agenda.has_more()
 
-    def _fill(self) -> None:
+    def _fill(self) -> bool:
+        """Let trials begin in free slots; whether more could if there were more of these."""
         self._hurries = False
         self._seats.offer(self._executor.slots)
         while self._more() and self._recording.has_room():
             self._hurries = len(self._begun) >= _AT_ONCE
             if self._hurries:
-                return
+                return True
             if self._running and self._agenda.waits():
-                return
+                return False
             number, again = self._agenda.number, self._agenda.again
             if number and (self._space is None or not self._checked):
-                return  # only the baseline may run before preflight and discovery have spoken
+                return True  # only the baseline may run before preflight and discovery have spoken
             slot = self._seats.take(alone(again, self._on_host.get(number)) if again else None)
             if slot is None:
-                return
+                return True
             trial = self._agenda.next(number, self._space, idle=not self._running)
             if trial is None:
                 self._seats.give_back(slot)
-                return
+                return False
             self._start(trial, slot)
+        return False
 
     def _start(self, trial: Trial, slot: Slot) -> None:
         text = self._text if trial.confirms is None else trial.text

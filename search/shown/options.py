@@ -28,6 +28,12 @@ def as_json(command: Any) -> Any:
 
 def ray(command: Any) -> Any:
     """Where trials run."""
+    command = click.option(
+        "--max-slots",
+        type=int,
+        metavar="N",
+        help="Trials at a time on a cluster, at most [16; --workers if that is given; no limit with local].",
+    )(command)
     return click.option(
         "--ray",
         metavar="ADDRESS",

@@ -124,6 +124,9 @@ class World:
             events.append(heapq.heappop(self._due)[2])
         return events
 
+    def need(self, more: bool) -> None:
+        """Nothing: slots stay."""
+
     def send(self, job_id: str, body: Mapping[str, Any]) -> None:
         """No job listens."""
 
