@@ -28,7 +28,7 @@ from search.executors import Exited, Job, Lost, Message
 from search.record.journal import Journal
 from search.study import Study
 from search.trial import TrialState
-from tests.conftest import ROOT, run_heldout
+from tests.conftest import ROOT
 from tests.on_ray import Anywhere, on_ray
 from tests.test_executors import alive, collect, gone
 from tests.test_faults import CHEAP, SLOW, Driven, children
@@ -260,32 +260,3 @@ def test_a_study_outlives_a_node_and_runs_its_trials_again(cluster: Any, tmp_pat
     assert 0 <= again <= 2  # at most what it was running
     with Journal.open(workspace / "studies" / "s" / "journal.sqlite", read_only=True) as journal:
         assert len({report.trial for report in journal.reports()}) == 8
-
-
-def test_what_listens_and_is_no_ray_is_told_in_one_line_within_two_minutes(cluster: Any, tmp_path: Path) -> None:
-    server = subprocess.Popen([sys.executable, "-m", "http.server", "0", "--bind", "127.0.0.1"],
-                              stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
-    assert server.stdout is not None and server.stderr is not None
-    with server, server.stdout, server.stderr:
-        try:
-            time.sleep(2.0)
-            (port,) = _listening(server.pid)
-            began = time.monotonic()
-            ran = run_heldout("launch", write_space(tmp_path), "--ray", f"127.0.0.1:{port}", "--workspace",
-                              str(tmp_path / "ws"))  # fmt: skip
-            took = time.monotonic() - began
-        finally:
-            server.kill()
-    assert ran.returncode == 2 and "Traceback" not in ran.stderr and took < 120
-    assert len([line for line in ran.stderr.splitlines() if line.startswith("heldout: ")]) == 1, ran.stderr
-
-
-def _listening(pid: int) -> list[int]:
-    """Ports of IPv4 on which a process listens."""
-    inodes = set()
-    for entry in os.scandir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):
-            if (target := os.readlink(entry.path)).startswith("socket:["):
-                inodes.add(target[8:-1])
-    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return [int(line[1].split(":")[1], 16) for line in lines if line[3] == "0A" and line[9] in inodes]

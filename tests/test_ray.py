@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,33 @@ def test_where_nothing_listens_is_said_within_seconds() -> None:
         with pytest.raises(RequestError, match="does not answer"), connected(address, None):
             pass
         assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("says", [b"HTTP/1.0 400 Bad request\r\n\r\n", b"SSH-2.0-x\r\n", b"", None])
+def test_what_listens_and_is_no_ray_is_told_in_one_line_within_seconds(says: bytes | None) -> None:
+    """Another server, one that hangs up, and one that says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+
+        def serve() -> None:
+            other, _ = server.accept()
+            with other:
+                other.recv(3)
+                if says is None:
+                    other.recv(1 << 16), other.recv(1)  # until the other side has had enough
+                else:
+                    other.sendall(says)
+
+        serving = pool.submit(serve)
+        address, began = f"127.0.0.1:{server.getsockname()[1]}", time.monotonic()
+        told = f"what listens at {address} is none"
+        with pytest.raises(RequestError, match=told) as caught, connected(address, None):
+            pass
+        assert "\n" not in str(caught.value) and time.monotonic() - began < 15
+        serving.result(10)
+
+
+def test_what_is_a_ray_is_reached(private_ray: Any) -> None:
+    connecting._reach(private_ray.get_runtime_context().gcs_address)
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ MOST_SLOTS = 16
 """Of a study that names no number: a team shares the cluster, and proposals gain little from more at a time."""
 
 _SLOTS = 8  # CPU slots of one agent at most: what its death costs
+# How HTTP/2 begins, which gRPC and so Ray speaks (RFC 9113, 3.4), and the type of the frame that a server says first.
+_HELLO, _SETTINGS_FRAME = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), 4
 _TRIES = 3  # to start a private Ray: it gives its own processes half a minute, which a busy machine may exceed
 _SETTINGS = {
     # Ray's reports of dead workers go to stdout otherwise, in the middle of our JSON.
@@ -219,18 +221,30 @@ def _init(ray: Any, address: str, known: Mapping[str, Any]) -> None:
 
 
 def _reach(address: str) -> None:
-    """See that something listens there, which Ray itself would wait a minute for."""
+    """See that something listens there that speaks as Ray does, which Ray itself takes minutes to find out."""
     host, mark, port = address.rpartition(":")
     if "://" in address or not mark or not port.isdecimal():
         raise RequestError(
             f"--ray must be local, auto or HOST:PORT of a cluster that this machine is a node of, but got {address!r}"
         )
+    answer = b""
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), _SECONDS) as there:
+            if os.environ.get("RAY_USE_TLS", "0") == "1":
+                return
+            with contextlib.suppress(TimeoutError, ConnectionResetError):
+                there.settimeout(_SECONDS)
+                there.sendall(_HELLO)
+                answer = there.recv(9)
     except (OSError, OverflowError) as error:
         raise RequestError(
             f"--ray must name a Ray cluster that runs, but {address} does not answer ({error}); see `ray status`"
         ) from None
+    if answer[3:4] != bytes([_SETTINGS_FRAME]):
+        raise RequestError(
+            f"--ray must name a Ray cluster, but what listens at {address} is none; `ray status` on its head says its "
+            "address (Ray's port is 6379, and not that of its dashboard)"
+        )
 
 
 def _told(address: str, error: BaseException) -> str:
