@@ -48,7 +48,7 @@ from search.record.lock import locked
 from search.samplers import Sampler, get_sampler
 from search.shown.view import View
 from search.study import StudyConfig
-from search.tracker import publishing
+from search.tracker import publishing, runs
 from search.tracker.serving import HOST, Server, start
 from search.trial import Trial
 
@@ -192,7 +192,7 @@ def published(rate: float, seconds: float, slots: int, seed: int, scratch: str, 
             if not tracker.ready(timeout=120):
                 raise RuntimeError("the tracker must be ready first, but MLflow was silent for 120 s")
             ended = run(journal, get_sampler("random"), Paced(slots, seed, rate), trials, seed)
-            known = in_mlflow(MlflowClient(uri))
+            known = in_mlflow(MlflowClient(uri), journal.get("study")["study_id"])
             clock = time.perf_counter()
             if not tracker.finish(timeout=900):
                 raise RuntimeError("the tracker must have published all after 900 s, but has not")
@@ -203,12 +203,13 @@ def published(rate: float, seconds: float, slots: int, seed: int, scratch: str, 
     return [f"{reached:.1f}", str(trials), str(known), str(behind), f"{rest:.1f}", then]
 
 
-def in_mlflow(client: Any) -> int:
-    """How many trials have ended there, the study's own run not counted."""
+def in_mlflow(client: Any, study_id: str) -> int:
+    """How many trials of a study have ended there, the study's own run not counted; others may share the store."""
     found, token = 0, None
     experiments = [one.experiment_id for one in client.search_experiments()]
     while True:
-        page = client.search_runs(experiments, "attributes.status = 'FINISHED'", max_results=1000, page_token=token)
+        wanted = f"attributes.status = 'FINISHED' and tags.`{runs.STUDY_ID}` = '{study_id}'"
+        page = client.search_runs(experiments, wanted, max_results=1000, page_token=token)
         found, token = found + len(page), page.token
         if not token:
             return found
