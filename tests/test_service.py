@@ -106,7 +106,7 @@ def test_a_study_is_sent_followed_and_read_from_another_machine(
         service.ask("/api/2.0/mlflow/runs/delete", {"run_id": runs[0]["info"]["run_id"]}, "reader", READER)
 
     # What the laptop is told is what the cluster's own workspace says.
-    own = {"HELDOUT_WORKSPACE": str(service.workspace), "HELDOUT_LEDGER": str(service.folder / "ledger.jsonl")}
+    own = service.own
     told = json.loads(laptop("status", study, "--json").stdout)
     known = json.loads(laptop("status", study, "--json", **own).stdout)
     for key in ("study", "state", "objective", "direction", "sampler", "trials", "planned", "running", "confirmed"):
