@@ -40,7 +40,6 @@ def service() -> Iterator[Team]:
 @pytest.fixture
 def laptop(service: Team, tmp_path: Path) -> Callable[..., Ran]:
     """The command on a machine that shares nothing with the cluster but two addresses, a token and an account."""
-    (tmp_path / "token").write_text(f"{service.secrets['ray_token']}\n")
     environment = on_laptop(service, tmp_path)
 
     def run(*words: str, timeout: float = 600, **more: str) -> Ran:
@@ -56,6 +55,7 @@ def laptop(service: Team, tmp_path: Path) -> Callable[..., Ran]:
 
 
 def on_laptop(service: Team, folder: Path) -> dict[str, str]:
+    (folder / "token").write_text(f"{service.secrets['ray_token']}\n")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
     return {
         **inherited,
