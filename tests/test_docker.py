@@ -339,6 +339,7 @@ def test_a_dockerfile_is_pinned_runs_as_nobody_and_is_looked_after(file: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
 def test_the_pip_steps_of_a_dockerfile_run_in_a_folder_of_their_own(file: Path, tmp_path: Path) -> None:
     """As the build stage does, in a folder that holds what is sent and copied, and a virtual environment of its own."""
@@ -355,7 +356,7 @@ def test_the_pip_steps_of_a_dockerfile_run_in_a_folder_of_their_own(file: Path, 
             environment |= dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), str(source / "constraints.txt"))
             environment.pop("PYTHONPATH", None)
             ran = subprocess.run(
-                ["sh", "-ec", asked], cwd=source, env=environment, capture_output=True, text=True, timeout=550
+                ["sh", "-ec", asked], cwd=source, env=environment, capture_output=True, text=True, timeout=1200
             )
             assert ran.returncode == 0, ran.stderr[-2000:]
             break
