@@ -31,7 +31,7 @@ from tests.conftest import ROOT
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
 NOBODY = "nobody"
 _READY_SECONDS = 240.0
-_HEAD = ("gcs", "dashboard", "client")
+_HEAD = ("gcs", "dashboard", "client", "agent")
 
 
 @dataclass
@@ -293,6 +293,8 @@ def _start_head(found: Team) -> None:
     )
     words = ["sh", str(ENTRYPOINT), "head", "--port", str(found.ports["gcs"]), "--dashboard-host", "127.0.0.1"]
     words += ["--dashboard-port", str(found.ports["dashboard"]), "--ray-client-server-port", str(found.ports["client"])]
+    # Ray has one number for all agents, and a head whose agent cannot listen takes no jobs.
+    words += ["--dashboard-agent-listen-port", str(found.ports["agent"])]
     words += ["--num-cpus", "2", "--temp-dir", str(found.head / "ray"), "--include-log-monitor", "false"]
     _start(found, "head", words, env=environment, cwd=home)
 
