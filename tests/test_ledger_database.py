@@ -12,6 +12,7 @@ import pytest
 
 from search import secrecy
 from search.errors import RequestError
+from search.guard import database_chain
 from search.guard.ledger import Ledger, default_path
 from tests.conftest import run_heldout
 from tests.team import Team, database
@@ -113,6 +114,18 @@ def test_a_database_that_is_away_or_refuses_is_one_line_without_the_password(ser
         Ledger("postgresql://me@127.0.0.1:9/x").ready()
 
 
+def test_a_study_does_not_begin_where_the_ledger_refuses_it(server: Team, tmp_path: Path) -> None:
+    from tests.tiny import write_space
+
+    wrong = {"HELDOUT_LEDGER": server.ledger, "PGPASSWORD": "not-its-password"}
+    few = ("--trials", "1", "--confirm", "0", "--workers", "1", "--epochs", "1", "--workspace", str(tmp_path / "ws"))
+    ran = run_heldout("launch", write_space(tmp_path), *few, **wrong)
+    last = ran.stderr.splitlines()[-1]
+    assert ran.returncode == 2 and last.startswith("heldout: test openings must be recorded in postgresql://127.0.0.1")
+    assert "password authentication failed" in last and "not-its-password" not in ran.stdout + ran.stderr
+    assert not list((tmp_path / "ws" / "studies").iterdir()), "nothing is left of it"
+
+
 def test_a_wrong_password_of_mlflows_database_is_one_line(server: Team, tmp_path: Path) -> None:
     from tests.tiny import write_space
 
@@ -137,6 +150,16 @@ def test_a_lost_connection_enters_nothing(ledger: Ledger) -> None:
     assert ledger.verify() == 1 and enter(ledger, frozen="g") == 2
 
 
+def test_a_ledger_that_somebody_holds_is_waited_for_and_then_told(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(ledger)
+    monkeypatch.setattr(database_chain, "_FREE_SECONDS", 1)
+    with ledger._chain.locked(), pytest.raises(RequestError, match="free within 1 s.*end that process"):
+        Ledger(ledger.path).ready()
+    assert enter(ledger, frozen="g") == 2
+
+
 def test_the_environment_names_it_and_trials_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     uri = "postgresql://heldout:a-word-of-its-own@db/heldout"
     monkeypatch.setenv("HELDOUT_LEDGER", uri)
@@ -153,6 +176,6 @@ def test_a_study_opens_its_test_rows_through_it(ledger: Ledger, tmp_path: Any) -
     for opening in (1, 2):
         ran = run_heldout("launch", write_space(tmp_path), *few, **more)
         assert ran.returncode == 0, ran.stderr
-        assert f"opening {opening} of these rows" in ran.stdout
+        assert f"opening {opening} of these rows" in ran.stderr
     shown = run_heldout("ledger", **more)
     assert "chain unbroken" in shown.stdout and "heldout@" not in shown.stdout

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.browser import CHROMIUM, Account, browser
 from tests.conftest import ROOT
 from tests.team import Team, team
 from tests.tiny import write_space
@@ -40,7 +41,6 @@ def service() -> Iterator[Team]:
 @pytest.fixture
 def laptop(service: Team, tmp_path: Path) -> Callable[..., Ran]:
     """The command on a machine that shares nothing with the cluster but two addresses, a token and an account."""
-    (tmp_path / "token").write_text(f"{service.secrets['ray_token']}\n")
     environment = on_laptop(service, tmp_path)
 
     def run(*words: str, timeout: float = 600, **more: str) -> Ran:
@@ -56,6 +56,7 @@ def laptop(service: Team, tmp_path: Path) -> Callable[..., Ran]:
 
 
 def on_laptop(service: Team, folder: Path) -> dict[str, str]:
+    (folder / "token").write_text(f"{service.secrets['ray_token']}\n")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
     return {
         **inherited,
@@ -106,7 +107,7 @@ def test_a_study_is_sent_followed_and_read_from_another_machine(
         service.ask("/api/2.0/mlflow/runs/delete", {"run_id": runs[0]["info"]["run_id"]}, "reader", READER)
 
     # What the laptop is told is what the cluster's own workspace says.
-    own = {"HELDOUT_WORKSPACE": str(service.workspace), "HELDOUT_LEDGER": str(service.folder / "ledger.jsonl")}
+    own = service.own
     told = json.loads(laptop("status", study, "--json").stdout)
     known = json.loads(laptop("status", study, "--json", **own).stdout)
     for key in ("study", "state", "objective", "direction", "sampler", "trials", "planned", "running", "confirmed"):
@@ -132,6 +133,28 @@ def test_a_study_is_sent_followed_and_read_from_another_machine(
     # Refused before anything is sent, since the name is somebody's.
     taken = laptop("launch", space, *FEW, "--cluster", service.cluster, "--study", study)
     assert taken.returncode == 2 and f"there is a job called '{study}'" in taken.stderr
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_person_with_an_account_sees_a_study_in_a_browser(
+    service: Team, laptop: Callable[..., Ran], tmp_path: Path
+) -> None:
+    ran = laptop("launch", write_space(tmp_path, "seen"), *FEW, "--cluster", service.cluster, "--study", "looked-at")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    named = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=seen"
+    experiment = service.ask(named)["experiment"]["experiment_id"]
+    found = service.ask("/api/2.0/mlflow/runs/search", {"experiment_ids": [experiment], "max_results": 10})["runs"]
+    (run,) = [one["info"]["run_id"] for one in found if one["info"]["run_name"] == "looked-at"]
+    listed = f"{service.mlflow}/#/experiments/{experiment}/runs"
+    person, stranger = Account("reader", READER), Account("reader", "not-the-readers-word")
+    with browser(tmp_path) as chromium:
+        # First, as a browser keeps what was right once.
+        seen = chromium.visit(listed, stranger, "not authenticated", shot=tmp_path / "stranger.png")
+        assert "looked-at" not in seen and "seen" not in seen
+        chromium.visit(listed, person, "looked-at", shot=tmp_path / "runs.png")
+        page = f"{service.mlflow}/#/experiments/{experiment}/runs/{run}"
+        chromium.visit(page, person, "looked-at", "Finished", shot=tmp_path / "study.png")
+        chromium.visit(f"{page}/artifacts/report/report.html", person, "report.html", shot=tmp_path / "report.png")
 
 
 def digest(path: Path) -> str:

@@ -215,6 +215,30 @@ def test_the_lock_dies_with_its_process_and_is_known_by_name(tmp_path: Path) -> 
         assert str(driver_of(tmp_path)) == f"process {os.getpid()} on {os.uname().nodename}"
 
 
+def test_the_name_in_a_lock_that_nobody_holds_keeps_nobody_out(tmp_path: Path) -> None:
+    # As a head leaves it that was lost: process 1 there is another one here.
+    (tmp_path / "lock").write_text("process 1 on a-head-that-was-lost")
+    assert driver_of(tmp_path) is None
+    with locked(tmp_path):
+        assert str(driver_of(tmp_path)) == f"process {os.getpid()} on {os.uname().nodename}"
+    # And as one has it that is still there, seen from another machine with the same volume.
+    code = (
+        "import sys, time; from pathlib import Path; from search.record.lock import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    Path(sys.argv[1], 'lock').write_text('process 1 on another-head')\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+            with pytest.raises(StudyError, match="driven already, by process 1 on another-head"), locked(tmp_path):
+                pass
+        finally:
+            holder.kill()
+
+
 def test_a_look_at_the_lock_never_refuses_a_driver(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from search.record.lock import driver_of\n"

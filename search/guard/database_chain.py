@@ -2,6 +2,7 @@
 
 It keeps what ``search.guard.chain`` promises of a file. One advisory lock serialises those who append, a line is
 committed before ``add`` returns, and the tables refuse to change or lose a row, short of what their owner can do.
+docker/ledger.sql makes them beforehand, so that who appends is not their owner.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ from search.guard.chain import Hashes, Line, checked, digest_of, following
 _SCHEMES = ("postgresql://", "postgres://")
 _LOCK = 0x68656C646F7574  # "heldout": the same for all who append to a ledger of this database
 _SECONDS = 10
-_TABLES = """
+_FREE_SECONDS = 60  # that others have to let go of it: what is done with it takes moments
+# A machine that is lost says nothing at its end: what it held is free, and what it was asked is given up, after 30 s.
+_ALIVE = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
+NAMES = ("heldout_ledger", "heldout_ledger_rows")
+TABLES = """
 CREATE TABLE IF NOT EXISTS heldout_ledger (number bigint PRIMARY KEY, line text NOT NULL);
 CREATE TABLE IF NOT EXISTS heldout_ledger_rows (digest text PRIMARY KEY, hashes bytea NOT NULL);
 CREATE OR REPLACE FUNCTION heldout_ledger_stays() RETURNS trigger LANGUAGE plpgsql AS
     $$ BEGIN RAISE EXCEPTION 'a ledger is only added to'; END $$;
 """
-_STAYS = """
+STAYS = """
 CREATE OR REPLACE TRIGGER heldout_stays BEFORE UPDATE OR DELETE OR TRUNCATE ON {}
     FOR EACH STATEMENT EXECUTE FUNCTION heldout_ledger_stays();
 """
@@ -68,12 +73,12 @@ class DatabaseChain:
             RequestError: As ``lines``.
         """
         with self._connected("nothing was opened") as connection:
-            connection.execute("SELECT pg_advisory_lock(%s)", [_LOCK])  # until the connection closes
+            self._lock(connection)
             if not self._is_there(connection):
                 with connection.transaction():
-                    connection.execute(_TABLES)
-                    for table in ("heldout_ledger", "heldout_ledger_rows"):
-                        connection.execute(_STAYS.format(table))
+                    connection.execute(TABLES)
+                    for table in NAMES:
+                        connection.execute(STAYS.format(table))
             self._held = connection
             try:
                 yield 0, self._lines(connection)
@@ -134,6 +139,21 @@ class DatabaseChain:
             found = connection.execute("SELECT line FROM heldout_ledger ORDER BY number").fetchall()
         return checked([text for (text,) in found], len(found), self._broken)
 
+    def _lock(self, connection: Any) -> None:
+        """Wait for the lock, which is held until the connection closes, on either side."""
+        import psycopg
+
+        for name, value in _ALIVE.items():
+            connection.execute(f"SET tcp_{name} = {value}")
+        connection.execute(f"SET lock_timeout = '{_FREE_SECONDS}s'")
+        try:
+            connection.execute("SELECT pg_advisory_lock(%s)", [_LOCK])
+        except psycopg.errors.LockNotAvailable:
+            raise RequestError(
+                f"the ledger {self.shown} must be free within {_FREE_SECONDS} s, but another process has held it all "
+                "the time; nothing was opened, so end that process and try again"
+            ) from None
+
     def _is_there(self, connection: Any) -> bool:
         found = connection.execute("SELECT to_regclass('heldout_ledger_rows')").fetchone()
         return found is not None and found[0] is not None
@@ -147,7 +167,7 @@ class DatabaseChain:
                 f"a ledger in PostgreSQL needs its driver, but {error}; `pip install 'heldout[service]'` brings it"
             ) from None
         with self._saying(undone):
-            connection = psycopg.connect(self._uri, autocommit=True, connect_timeout=_SECONDS)
+            connection = psycopg.connect(self._uri, autocommit=True, connect_timeout=_SECONDS, **_ALIVE)
         with contextlib.closing(connection), self._saying(undone):
             yield connection
 

@@ -32,7 +32,8 @@ def locked(folder: Path) -> Iterator[int]:
     """Hold the study for one driver; the lock dies with its process.
 
     Yields a descriptor for the processes that run trials to inherit: what is left of a killed driver holds it until it
-    is gone, and the next driver waits for that, so that no device is given to two trials.
+    is gone, and the next driver waits for that, so that no device is given to two trials. Only the kernel's lock on
+    the file says that there is a driver, never the name in it: a machine that is lost takes its locks along.
 
     Raises:
         StudyError: If another process drives the study.

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from search.errors import RequestError, StudyFailed, StudyStopped
+from search.errors import RequestError, StudyError, StudyFailed, StudyStopped
 from search.service.job_server import Cluster
 from search.service.submitting import MARK, STOP_SECONDS
 
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _POLL_SECONDS = 0.5
 _LOST_SECONDS = 60.0  # without a word from the cluster, after which following gives up
+_QUIET_SECONDS = 20.0  # in which a job says nothing, before the cluster is asked whether it is still there
 
 
 def jobs(cluster: Cluster) -> list[dict[str, Any]]:
@@ -41,31 +42,38 @@ def follow(cluster: Cluster, job: str, say: Callable[[str], None]) -> int:
         The exit code of the job's command.
 
     Raises:
-        StudyError: If there is no such job.
+        StudyError: If there is no such job, or no longer.
+        RequestError: If the cluster says nothing any more.
         StudyStopped: If somebody stopped it.
         StudyFailed: If it ended otherwise than by its command, as when the cluster could not start it.
     """
-    with cluster.speaking(job):
-        info = cluster.client.get_job_info(job)
+    info = _info(cluster, job)
+    study = (info.metadata or {}).get("study", job)
     said, heard = 0, time.monotonic()
     while True:
+        broken = None
         try:
             said = asyncio.run(_tail(cluster, job, said, say))
             heard = time.monotonic()
-        except _Broken as broken:
-            heard = time.monotonic() if broken.said > said else heard
-            said = broken.said
-            if time.monotonic() - heard > _LOST_SECONDS:
-                raise RequestError(
-                    f"the cluster {cluster.address} must answer to be followed, but: {broken}; the job may go on: "
-                    f"`heldout logs {job} --cluster {cluster.address}` looks again"
-                ) from None
-            time.sleep(_POLL_SECONDS)
-            continue
-        with cluster.speaking(job):
-            info = cluster.client.get_job_info(job)
-        if info.status in _ENDED:
+        except _Broken as error:
+            said, heard, broken = error.said, max(heard, error.heard), str(error)
+        try:
+            info = _info(cluster, job)
+        except StudyError:
+            raise StudyError(
+                f"job {job!r} must be known to be followed, but {cluster.address} does not know it any more, as after "
+                f"its head was lost; `heldout resume {study} --cluster {cluster.address}` goes on"
+            ) from None
+        except RequestError:
+            broken = broken or "it is silent"
+        if broken is None and info.status in _ENDED:
             return _outcome(info, job, cluster)
+        if broken is not None and time.monotonic() - heard > _LOST_SECONDS:
+            raise RequestError(
+                f"the cluster {cluster.address} must answer to be followed, but: {broken}; the job may go on: "
+                f"`heldout logs {job} --cluster {cluster.address}` looks again. If its head was lost, `heldout resume "
+                f"{study} --cluster` goes on with another one"
+            )
         time.sleep(_POLL_SECONDS)
 
 
@@ -88,27 +96,48 @@ def stop(cluster: Cluster, job: str) -> dict[str, Any]:
     return _described(info)
 
 
-class _Broken(Exception):
-    """The connection was lost after so many characters were said."""
+def _info(cluster: Cluster, job: str) -> Any:
+    """What the cluster knows of a job, if it answers within a time."""
+    cluster.version()
+    with cluster.speaking(job):
+        return cluster.client.get_job_info(job)
 
-    def __init__(self, said: int, why: str) -> None:
+
+class _Broken(Exception):
+    """The connection was lost after so many characters were said, and its last sign of life was then."""
+
+    def __init__(self, said: int, heard: float, why: str) -> None:
         super().__init__(why)
-        self.said = said
+        self.said, self.heard = said, heard
 
 
 async def _tail(cluster: Cluster, job: str, skip: int, say: Callable[[str], None]) -> int:
     """Say what follows the first ``skip`` characters of the log; how many it has when the connection ends."""
     import aiohttp
 
-    came = 0
+    came, heard = 0, 0.0
+    texts = aiter(cluster.client.tail_job_logs(job))
+    coming = asyncio.ensure_future(anext(texts, None))
     try:
-        async for text in cluster.client.tail_job_logs(job):
+        while True:
+            # Ray's client waits without an end, also for a machine that is gone.
+            while not (await asyncio.wait({coming}, timeout=_QUIET_SECONDS))[0]:
+                await asyncio.to_thread(cluster.version)
+                heard = time.monotonic()
+            if (text := coming.result()) is None:
+                break
             fresh = text[max(0, skip - came) :]
             came += len(text)
             if fresh:
                 say(fresh)
+                heard = time.monotonic()
+            coming = asyncio.ensure_future(anext(texts, None))
+    except RequestError:
+        raise _Broken(max(came, skip), heard, "it is silent") from None
     except (RuntimeError, OSError, aiohttp.ClientError) as error:
-        raise _Broken(max(came, skip), str(error) or type(error).__name__) from None
+        raise _Broken(max(came, skip), heard, str(error) or type(error).__name__) from None
+    finally:
+        coming.cancel()
     return max(came, skip)
 
 

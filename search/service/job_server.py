@@ -45,7 +45,7 @@ class Cluster:
     def __init__(self, address: str) -> None:
         self.address = _checked(address)
         self._headers = _authorization()
-        self.ray = self._version()
+        self.ray = self.version()
         try:
             import ray
             from ray.job_submission import JobSubmissionClient
@@ -94,8 +94,12 @@ class Cluster:
                 ) from None
             raise RequestError(f"the cluster {self.address} must do what was asked, but: {said[:300]}") from None
 
-    def _version(self) -> str:
-        """Ray's version, from the one request that has a time limit."""
+    def version(self) -> str:
+        """Ray's version there, from the one request that has a time limit.
+
+        Raises:
+            RequestError: If nothing answers, or something else does, or it refuses us.
+        """
         request = urllib.request.Request(f"{self.address}/api/version", headers=self._headers)
         try:
             with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
