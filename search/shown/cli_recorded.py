@@ -102,16 +102,24 @@ def compare(first: str, second: str, workspace: str | None, as_json: bool) -> No
 @click.argument("study")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @click.option("--parquet", metavar="FILE", help="Write a Parquet file.")
+@options.tracking_uri
 @options.workspace
 @options.as_json
-def trials(study: str, as_csv: bool, parquet: str | None, workspace: str | None, as_json: bool) -> None:
+def trials(
+    study: str, as_csv: bool, parquet: str | None, tracking_uri: str | None, workspace: str | None, as_json: bool
+) -> None:
     """List the trials of STUDY, also as a file for pandas or a spreadsheet."""
     if as_csv + as_json + (parquet is not None) > 1:
         raise RequestError("a table has one form: give one of --csv, --json and --parquet")
     from search.record import trial_table
     from search.study import Study
 
-    frame = Study(study, workspace).trials_dataframe()
+    if uri := elsewhere(tracking_uri, study, workspace):
+        from search.service.elsewhere import read_trials
+
+        frame = trial_table.dataframe(read_trials(uri, study))
+    else:
+        frame = Study(study, workspace).trials_dataframe()
     if parquet is not None:
         trial_table.write_parquet(frame, Path(parquet))
         click.echo(f"{len(frame)} trials written to {parquet}")
@@ -132,16 +140,22 @@ def trials(study: str, as_csv: bool, parquet: str | None, workspace: str | None,
 @click.argument("study")
 @click.argument("trial", type=int)
 @click.option("--csv", "as_csv", is_flag=True, help="Print its epochs as CSV, and nothing else.")
+@options.tracking_uri
 @options.workspace
 @options.as_json
-def show(study: str, trial: int, as_csv: bool, workspace: str | None, as_json: bool) -> None:
+def show(study: str, trial: int, as_csv: bool, tracking_uri: str | None, workspace: str | None, as_json: bool) -> None:
     """Show one trial, and all that it printed."""
     if as_csv and as_json:
         raise RequestError("epochs have one form: give --csv or --json")
     from search.shown.report import trial_lines
     from search.study import Study
 
-    found = Study(study, workspace).show(trial)
+    if uri := elsewhere(tracking_uri, study, workspace):
+        from search.service.elsewhere import read_trial
+
+        found = read_trial(uri, study, trial)
+    else:
+        found = Study(study, workspace).show(trial)
     if as_csv:
         from search.record.trial_table import epochs
 
@@ -315,7 +329,12 @@ def elsewhere(given: str | None, study: str | None, workspace: str | None) -> st
     """Where a study is to be read from, if not from the workspace.
 
     That is where somebody says; or, for a study by name that the workspace does not have, the environment's server.
+
+    Raises:
+        RequestError: If somebody says both.
     """
+    if given is not None and workspace is not None:
+        raise RequestError("a study is read from one place: give one of --tracking-uri and --workspace")
     from search.study import Study
     from search.tracker.publishing import anchored
 
