@@ -85,7 +85,7 @@ def launch(space: str, cluster: str | None, detach: bool, as_json: bool, **asked
     from search.wiring import launch as run
 
     config = StudyConfig(space=space, **asked)
-    _check_sending(cluster, detach)
+    cli_jobs.check_sending(cluster, detach)
     if cluster is not None:
         return cli_jobs.launched(click.get_current_context(), space, cluster, detach, as_json)
     with watching(_trainings(config), as_json, step=parse(config.validation).step) as watcher:
@@ -104,13 +104,11 @@ def launch(space: str, cluster: str | None, detach: bool, as_json: bool, **asked
 @options.sending
 @options.workspace
 @options.as_json
-def resume(
-    study: str, cluster: str | None, detach: bool, workspace: str | None, as_json: bool, **asked: Any
-) -> None:
+def resume(study: str, cluster: str | None, detach: bool, workspace: str | None, as_json: bool, **asked: Any) -> None:
     """Continue STUDY where it stopped, or extend it."""
-    _check_sending(cluster, detach)
+    cli_jobs.check_sending(cluster, detach)
     if cluster is not None:
-        return cli_jobs.resumed(click.get_current_context(), study, cluster, detach, as_json)
+        return cli_jobs.asked(click.get_current_context(), [study], cluster, detach, as_json)
     from search.resuming import extended
     from search.resuming import resume as run
     from search.study import Study, config_of
@@ -264,13 +262,19 @@ def export(
 @main.command()
 @click.argument("study")
 @options.final
+@options.sending
 @options.workspace
 @options.as_json
-def evaluate(study: str, final: str | None, workspace: str | None, as_json: bool) -> None:
+def evaluate(
+    study: str, final: str | None, cluster: str | None, detach: bool, workspace: str | None, as_json: bool
+) -> None:
     """Open the sealed test rows; counted.
 
     Winner and baseline are scored. A selection that was tested before is answered from the record.
     """
+    cli_jobs.check_sending(cluster, detach)
+    if cluster is not None:
+        return cli_jobs.asked(click.get_current_context(), [study], cluster, detach, as_json)
     from search.study import Study
 
     found = Study(study, workspace)  # before what takes a while to import
@@ -311,11 +315,6 @@ def _say_error(text: str, debug: bool) -> None:
     if debug:
         click.echo(secrecy.scrub(traceback.format_exc()), err=True, nl=False)
     click.echo(secrecy.scrub(f"heldout: {text}"), err=True)
-
-
-def _check_sending(cluster: str | None, detach: bool) -> None:
-    if detach and cluster is None:
-        raise RequestError("--detach goes with --cluster URL, where the study runs on; add that, or leave it out")
 
 
 def _trainings(config: StudyConfig) -> int:

@@ -16,13 +16,14 @@ import click
 import pytest
 
 from search.cli import main
-from search.errors import RequestError
+from search.errors import RequestError, StudyStopped
 from search.service import answering, following, submitting
 from search.service.job_server import Cluster
 from search.shown import cli_jobs
 from tests.tiny import write_space
 
 TOKEN = "a-token-of-these-tests"
+CLUSTER = ["--cluster", "http://head:8265"]
 
 
 class Server(HTTPServer):
@@ -217,6 +218,10 @@ class Recording:
         self.client = self
         self.asked: dict[str, Any] = {}
         self.files: dict[str, bytes] = {}
+        self.listed: list[Info] = []
+
+    def list_jobs(self) -> list[Info]:
+        return self.listed
 
     def speaking(self, job: str | None = None) -> Any:
         import contextlib
@@ -225,19 +230,25 @@ class Recording:
 
     def submit_job(self, **asked: Any) -> str:
         self.asked = asked
-        folder = Path(asked["runtime_env"]["working_dir"])
-        self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        if "working_dir" in asked["runtime_env"]:
+            folder = Path(asked["runtime_env"]["working_dir"])
+            self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
         return str(asked["submission_id"])
 
 
-def sent(monkeypatch: pytest.MonkeyPatch, *words: str) -> Recording:
-    """What `heldout launch` with these words asks of a cluster that fits."""
+def asked(monkeypatch: pytest.MonkeyPatch, *words: str) -> Recording:
+    """What the command with these words asks of a cluster that fits."""
     cluster = Recording()
     monkeypatch.setattr("search.service.job_server.Cluster", lambda _: cluster)
     monkeypatch.setattr(submitting, "check_fits", lambda *_: None)
-    with main.make_context("heldout", ["launch", *words, "--cluster", cluster.address, "--detach"]) as context:
+    with main.make_context("heldout", [*words, "--cluster", cluster.address]) as context:
         main.invoke(context)
     return cluster
+
+
+def sent(monkeypatch: pytest.MonkeyPatch, *words: str) -> Recording:
+    """What `heldout launch` with these words asks of it."""
+    return asked(monkeypatch, "launch", *words, "--detach")
 
 
 def command_line(cluster: Recording) -> list[str]:
@@ -285,6 +296,145 @@ def test_names_that_are_made_up_do_not_collide(tmp_path: Path, monkeypatch: pyte
     assert len(made) == 20 and all(name.startswith("tiny-") for name in made)
 
 
+STEPS = {
+    "resume s --trials +2": "resume s --trials +2 && heldout publish s",
+    "evaluate s --final retrain": "evaluate s --final retrain && heldout publish s",
+    "ensemble s --size 3 --evaluate auto": "ensemble s --size 3 --evaluate auto && heldout publish s",
+    "compare s t": "compare s t",
+}
+
+
+@pytest.mark.parametrize("words", STEPS)
+def test_what_is_about_a_study_of_the_cluster_runs_there_and_is_published(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_jobs, "followed", lambda *_: None)
+    cluster = asked(monkeypatch, *words.split(), "--json")
+    first, steps = cluster.asked["entrypoint"].split(" && ", 1)
+    assert first == 'export HELDOUT_WORKSPACE="${HELDOUT_WORKSPACE:-$HOME/heldout-workspace}"'
+    assert steps.replace(" --json", "") == f"heldout {STEPS[words]}" and steps.count(" --json") == 1
+    assert not cluster.files
+    does, job = words.split()[0], cluster.asked["submission_id"]
+    assert job.startswith(f"s-{does}-") and len(job) == len(f"s-{does}-") + 6
+    meta = cluster.asked["metadata"]
+    assert (meta[submitting.MARK], meta["study"], meta["command"]) == (does, "s", words)
+    assert f"`heldout {does} s" in capsys.readouterr().err
+
+
+RESULT = '{\n  "a": [\n    {}\n  ],\n  "b": {\n    "c": null\n  }\n}\n'
+
+
+@pytest.mark.parametrize("code, out", [(0, RESULT), (1, RESULT), (2, "")])
+def test_json_is_the_result_alone_whatever_else_a_job_says(
+    code: int, out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = f"INFO job_manager.py -- setting up {{}}\n{{\nRunning entrypoint\n{out}storing the report\n[\n"
+
+    def follow(_: Any, __: str, say: Any) -> int:
+        for start in range(0, len(said), 10):
+            say(said[start : start + 10])
+        return code
+
+    monkeypatch.setattr("search.service.following.follow", follow)
+    with pytest.raises(click.exceptions.Exit) as ended:
+        asked(monkeypatch, "evaluate", "s", "--json")
+    told = capsys.readouterr()
+    assert ended.value.exit_code == code and told.out == out and (said in told.err) == (code > 0)
+
+
+def test_a_workspace_of_the_cluster_holds_for_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in (("launch", write_space(tmp_path, "tiny")), ("evaluate", "s")):
+        cluster = asked(monkeypatch, *words, "--workspace", "/a b", "--detach")
+        first, *rest = cluster.asked["entrypoint"].split(" && ")
+        assert first == "export HELDOUT_WORKSPACE='/a b'" and not any("--workspace" in step for step in rest)
+        with pytest.raises(click.exceptions.Exit):
+            asked(monkeypatch, *words, "--workspace", "here", "--detach")
+
+
+# ---- an ensemble's folder
+
+
+def ensembled(monkeypatch: pytest.MonkeyPatch, code: int, out: Path) -> list[tuple[Any, ...]]:
+    """What is fetched when the job has ended with this code."""
+    fetched: list[tuple[Any, ...]] = []
+
+    def fetch(*given: Any) -> list[str]:
+        fetched.append(given)
+        return ["model.keras"]
+
+    monkeypatch.setattr("search.service.following.follow", lambda *_: code)
+    monkeypatch.setattr("search.service.elsewhere.check_address", lambda _: None)
+    monkeypatch.setattr("search.service.elsewhere.read_ensemble", fetch)
+    with pytest.raises(click.exceptions.Exit) as ended:
+        asked(monkeypatch, "ensemble", "s", "--size", "3", "--out", str(out), "--tracking-uri", "http://mlflow")
+    assert ended.value.exit_code == code
+    return fetched
+
+
+def test_an_ensemble_is_fetched_once_its_job_has_succeeded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ensembled(monkeypatch, 0, tmp_path / "out") == [("http://mlflow", "s", 3, tmp_path / "out")]
+    assert capsys.readouterr().out == f"it is in {tmp_path / 'out'}: model.keras\n"
+    assert ensembled(monkeypatch, 1, tmp_path / "out") == []
+
+
+MLFLOW = ["--tracking-uri", "http://127.0.0.1:9"]
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        (["--detach"], "--detach goes with --cluster"),
+        (MLFLOW, "--tracking-uri is where --out is fetched from"),
+        ([*CLUSTER, *MLFLOW], "--tracking-uri is where --out is fetched from"),
+        ([*CLUSTER, "--out", "new"], "add --tracking-uri URI, or set MLFLOW_TRACKING_URI"),
+        ([*CLUSTER, "--out", "new", "--detach"], "--detach does not wait for that; leave out one of them"),
+        ([*CLUSTER, "--out", "full", *MLFLOW], "--out must be a new or empty folder"),
+        ([*CLUSTER, "--out", "new", *MLFLOW], "http://127.0.0.1:9 must answer"),
+        ([*CLUSTER, "--out", "full/file/new", *MLFLOW], "that can be written"),
+        ([*CLUSTER, "--size", "1"], "--size must be a whole number of at least 2"),
+        ([*CLUSTER, "--workspace", "here"], "--workspace must be a whole path there"),
+    ],
+)
+def test_an_ensemble_that_cannot_be_sent_is_told_before_anybody_is_asked(
+    words: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    cluster = Recording()
+    monkeypatch.setattr("search.service.job_server.Cluster", lambda _: cluster)
+    with pytest.raises(click.exceptions.Exit) as ended:
+        with main.make_context("heldout", ["ensemble", "s", *words]) as context:
+            main.invoke(context)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.exit_code == 2 and why in line and not cluster.asked
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        (["evaluate", "s", "--detach"], "--detach goes with --cluster"),
+        (["compare", "s", "t", "--detach"], "--detach goes with --cluster"),
+        (["compare", "s", "../t", *CLUSTER], "a study's name must be letters"),
+        (["evaluate", "s", "--cluster", "ray://head:10001"], "not that of its client"),
+        (["evaluate", "s", "--cluster", "http://127.0.0.1:9"], "must answer, but: "),
+    ],
+)
+def test_other_commands_that_cannot_be_sent(
+    words: list[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if words[-2:] == CLUSTER:
+        monkeypatch.setattr("search.service.job_server.Cluster", lambda _: Here())
+    with pytest.raises(click.exceptions.Exit) as ended:
+        with main.make_context("heldout", words) as context:
+            main.invoke(context)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.exit_code == 2 and why in line
+
+
 @pytest.mark.parametrize(
     "words, why",
     [
@@ -308,8 +458,11 @@ def test_what_cannot_be_sent_is_told_here(words: list[str], why: str, capsys: py
 class Info:
     """What Ray says of a job."""
 
-    def __init__(self, status: str, code: int | None = None, message: str = "") -> None:
-        self.status, self.driver_exit_code, self.message, self.metadata = status, code, message, {"study": "s"}
+    start_time, end_time = 1_700_000_000_000, None
+
+    def __init__(self, status: str, code: int | None = None, message: str = "", **metadata: str) -> None:
+        self.status, self.driver_exit_code, self.message, self.metadata = status, code, message, metadata
+        self.submission_id = f"{metadata.get('study')}-{metadata.get('heldout')}"
 
 
 @pytest.mark.parametrize(
@@ -317,3 +470,38 @@ class Info:
 )
 def test_the_exit_code_of_a_job_is_handed_on(status: str, code: int, expected: int) -> None:
     assert following._outcome(Info(status, code), "s", Here()) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "metadata, goes_on",
+    [
+        ({"heldout": "launch", "study": "s"}, "`heldout resume s --cluster http://head:8265` goes on"),
+        ({"heldout": "resume", "study": "s"}, "`heldout resume s --cluster http://head:8265` goes on"),
+        (
+            {"heldout": "ensemble", "study": "s", "command": "ensemble s --size 3"},
+            "`heldout ensemble s --size 3 --cluster http://head:8265` begins anew",
+        ),
+    ],
+)
+def test_what_was_stopped_can_be_taken_up(metadata: dict[str, str], goes_on: str) -> None:
+    with pytest.raises(StudyStopped) as stopped:
+        following._outcome(Info("STOPPED", **metadata), "j", Here())  # type: ignore[arg-type]
+    assert str(stopped.value) == f"job 'j' was stopped; {goes_on}"
+
+
+def test_the_list_says_what_each_job_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = Recording()
+    cluster.listed = [
+        Info("RUNNING", heldout="evaluate", study="s", command="evaluate s --final retrain", user="ada"),
+        Info("RUNNING", heldout="check"),
+        Info("SUCCEEDED", heldout="launch", study="s", space="tiny"),
+        Info("RUNNING", other="somebody's"),
+    ]
+    monkeypatch.setattr("search.service.job_server.Cluster", lambda _: cluster)
+    with main.make_context("heldout", ["jobs", *CLUSTER]) as context:
+        main.invoke(context)
+    assert capsys.readouterr().out.splitlines() == [
+        "s-evaluate: running, `evaluate s --final retrain` by ada, 2023-11-14T22:13:20+00:00",
+        "s-launch: succeeded, a search of tiny by somebody, 2023-11-14T22:13:20+00:00",
+    ]
+    assert [one["does"] for one in following.jobs(cluster)] == ["evaluate", "launch"]  # type: ignore[arg-type]

@@ -70,10 +70,7 @@ def ensemble(
         RequestError: If fewer than two models are kept, the metric has no score by row, the models have no inputs or
             outputs in common, or the written file predicts something else than its members together.
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 2:
-        raise RequestError(f"--size must be a whole number of at least 2, but got {size!r}")
-    if evaluate not in EVALUATE:
-        raise RequestError(f"--evaluate must be one of {', '.join(EVALUATE)}, but got {evaluate!r}")
+    check(size, evaluate)
     if study.state != "COMPLETE":
         raise StudyError(
             f"only a complete study can be made an ensemble of, but {study.name!r} is {study.state}; `heldout resume "
@@ -98,6 +95,18 @@ def ensemble(
         finally:
             journal.close()
     return ensemble_words.public(record) | {"study": study.name, "out": None if folder is None else str(folder)}
+
+
+def check(size: int, evaluate: str) -> None:
+    """See that an ensemble can be meant, whatever the study.
+
+    Raises:
+        RequestError: Otherwise.
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+        raise RequestError(f"--size must be a whole number of at least 2, but got {size!r}")
+    if evaluate not in EVALUATE:
+        raise RequestError(f"--evaluate must be one of {', '.join(EVALUATE)}, but got {evaluate!r}")
 
 
 def _recorded(journal: Journal, size: int) -> dict[str, Any] | None:

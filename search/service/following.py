@@ -19,9 +19,13 @@ _QUIET_SECONDS = 20.0  # in which a job says nothing, before the cluster is aske
 
 
 def jobs(cluster: Cluster) -> list[dict[str, Any]]:
-    """Heldout's jobs, the newest last: ``job``, ``study``, ``state``, ``space``, ``user``, ``started``, ``ended``."""
+    """Heldout's jobs, the newest last.
+
+    Each has ``job``, ``does`` (the command that it was sent by), ``command`` (its words, or None for a launch, which
+    has ``space``), ``study``, ``state``, ``user``, ``started`` and ``ended``.
+    """
     with cluster.speaking():
-        found = [info for info in cluster.client.list_jobs() if (info.metadata or {}).get(MARK) in ("launch", "resume")]
+        found = [info for info in cluster.client.list_jobs() if (info.metadata or {}).get(MARK) not in (None, "check")]
     return [_described(info) for info in sorted(found, key=lambda info: info.start_time or 0)]
 
 
@@ -78,7 +82,7 @@ def follow(cluster: Cluster, job: str, say: Callable[[str], None]) -> int:
 
 
 def stop(cluster: Cluster, job: str) -> dict[str, Any]:
-    """Stop a job and wait for its end, which it has a minute for.
+    """Stop a job and wait for its end, which it has a minute for; as of ``jobs``, with what comes ``next``, in words.
 
     Raises:
         StudyError: If there is no such job.
@@ -93,7 +97,7 @@ def stop(cluster: Cluster, job: str) -> dict[str, Any]:
             info = cluster.client.get_job_info(job)
     if not asked:
         raise RequestError(f"a job must run to be stopped, but {job!r} is {_state(info)} on {cluster.address}")
-    return _described(info)
+    return _described(info) | {"next": _next(info, cluster)}
 
 
 def _info(cluster: Cluster, job: str) -> Any:
@@ -144,10 +148,7 @@ async def _tail(cluster: Cluster, job: str, skip: int, say: Callable[[str], None
 def _outcome(info: Any, job: str, cluster: Cluster) -> int:
     state = _state(info)
     if state == "STOPPED":
-        study = (info.metadata or {}).get("study", job)
-        raise StudyStopped(
-            f"job {job!r} was stopped; `heldout resume {study} --cluster {cluster.address}` goes on"
-        )
+        raise StudyStopped(f"job {job!r} was stopped; {_next(info, cluster)}")
     code = info.driver_exit_code
     if code is None and state == "FAILED":
         said = " ".join(str(info.message).split())[:300]
@@ -155,10 +156,20 @@ def _outcome(info: Any, job: str, cluster: Cluster) -> int:
     return 0 if code is None else code if 0 <= code < 256 else 1
 
 
+def _next(info: Any, cluster: Cluster) -> str:
+    """How what was stopped is taken up again."""
+    meta = info.metadata or {}
+    if meta.get(MARK) in ("launch", "resume"):
+        return f"`heldout resume {meta['study']} --cluster {cluster.address}` goes on"
+    return f"`heldout {meta.get('command')} --cluster {cluster.address}` begins anew"
+
+
 def _described(info: Any) -> dict[str, Any]:
     meta = info.metadata or {}
     return {
         "job": info.submission_id,
+        "does": meta.get(MARK),
+        "command": meta.get("command"),
         "study": meta.get("study"),
         "state": _state(info),
         "space": meta.get("space"),

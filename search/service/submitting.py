@@ -39,12 +39,12 @@ STOP_SECONDS = 60
 _ANSWER_SECONDS = 120.0
 _POLL_SECONDS = 0.2
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-_WORKSPACE = 'export HELDOUT_WORKSPACE="${HELDOUT_WORKSPACE:-$HOME/heldout-workspace}"'
+_WORKSPACE = "HELDOUT_WORKSPACE"
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A study that was sent: the job, which is called as the study is, and where."""
+    """What was sent: the job, which is called as the study is or begins so, the study, and where."""
 
     job: str
     study: str
@@ -52,7 +52,14 @@ class Sent:
 
 
 def launch(
-    cluster: Cluster, space: str, arguments: Sequence[str], *, study: str | None, user: str | None, files: Sequence[str]
+    cluster: Cluster,
+    space: str,
+    arguments: Sequence[str],
+    *,
+    study: str | None,
+    user: str | None,
+    files: Sequence[str],
+    workspace: str | None = None,
 ) -> Sent:
     """Submit a study; the cluster, the module and its size are checked before anything is queued.
 
@@ -60,39 +67,70 @@ def launch(
         arguments: Options of ``heldout launch`` for the cluster, without the study's name.
         study: Its name, or None for the space's and six characters, so that names of a team do not collide.
         files: Of this machine that options name; they go along, so the options must name them by their last part.
+        workspace: The cluster's own folder that it goes to, or None for what is set there.
 
     Raises:
         RequestError: If the cluster cannot run it.
     """
+    exported = _exported(workspace)
     problem = find(space)
     packed = pack(problem)
     name = check_name(study if study is not None else f"{problem.name}-{secrets.token_hex(3)}")
     _check_size(packed, files)
     check_fits(cluster, packed.needs)
     words = ["heldout", "launch", packed.module, "--study", name, *arguments]
-    there = ["heldout", "publish", name]
     with tempfile.TemporaryDirectory(prefix="heldout-job-") as scratch:
         _written(packed, files, Path(scratch))
-        place = f'"$HELDOUT_WORKSPACE"/jobs/{shlex.quote(name)}'
-        steps = [_WORKSPACE, f"mkdir -p {place}", f"cp -R . {place}", f"cd {place}"]
-        entrypoint = " && ".join([*steps, shlex.join(words), shlex.join(there)])
+        place = f'"${_WORKSPACE}"/jobs/{shlex.quote(name)}'
+        steps = [exported, f"mkdir -p {place}", f"cp -R . {place}", f"cd {place}"]
+        entrypoint = " && ".join([*steps, shlex.join(words), shlex.join(["heldout", "publish", name])])
         _submit(cluster, name, entrypoint, {MARK: "launch", "study": name, "space": problem.name}, user, scratch)
     return Sent(name, name, cluster.address)
 
 
-def resume(cluster: Cluster, study: str, arguments: Sequence[str], *, user: str | None) -> Sent:
-    """Submit a job that continues a study of the cluster's workspace, as after its head node was lost.
+def send(
+    cluster: Cluster,
+    does: str,
+    studies: Sequence[str],
+    arguments: Sequence[str],
+    *,
+    user: str | None,
+    workspace: str | None = None,
+    publishes: bool = True,
+) -> Sent:
+    """Submit a job that does something with studies of the cluster's workspace, where their rows and weights are.
+
+    Args:
+        does: The command, such as ``resume``.
+        studies: Their names, the first of which names the job.
+        arguments: Options of that command.
+        workspace: The cluster's own folder that has them, or None for what is set there.
+        publishes: Whether the first study is published after it, as what is known of it has changed.
 
     Raises:
-        RequestError: If the cluster cannot run it. Whether it has the study is said by the job.
+        RequestError: If the cluster cannot run it. Whether it has the studies is said by the job.
     """
-    check_name(study)
+    for study in studies:
+        check_name(study)
+    exported = _exported(workspace)
     check_fits(cluster, ())
-    commands = (["heldout", "resume", study, *arguments], ["heldout", "publish", study])
-    job = f"{study}-resumed-{secrets.token_hex(3)}"
-    entrypoint = " && ".join([_WORKSPACE, *map(shlex.join, commands)])
-    _submit(cluster, job, entrypoint, {MARK: "resume", "study": study}, user, None)
-    return Sent(job, study, cluster.address)
+    words = ["heldout", does, *studies, *arguments]
+    job = f"{studies[0]}-{does}-{secrets.token_hex(3)}"
+    after = [shlex.join(["heldout", "publish", studies[0]])] if publishes else []
+    known = {MARK: does, "study": studies[0], "command": shlex.join(word for word in words[1:] if word != "--json")}
+    _submit(cluster, job, " && ".join([exported, shlex.join(words), *after]), known, user, None)
+    return Sent(job, studies[0], cluster.address)
+
+
+def _exported(workspace: str | None) -> str:
+    """The step of a job that says which workspace all others use."""
+    if workspace is None:
+        return f'export {_WORKSPACE}="${{{_WORKSPACE}:-$HOME/heldout-workspace}}"'
+    if not workspace.startswith("/"):
+        raise RequestError(
+            f"with --cluster, --workspace must be a whole path there, such as /workspace, but got {workspace!r}"
+        )
+    return f"export {_WORKSPACE}={shlex.quote(workspace)}"
 
 
 def check_fits(cluster: Cluster, needs: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import click
 
 from search.errors import RequestError, StudyError
 from search.secrecy import redacted
-from search.shown import options
+from search.shown import cli_jobs, options
 from search.shown.printing import print_json, told, watching
 
 
@@ -83,13 +83,17 @@ def report(
 @click.command()
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
+@options.sending
 @options.workspace
 @options.as_json
-def compare(first: str, second: str, workspace: str | None, as_json: bool) -> None:
+def compare(first: str, second: str, cluster: str | None, detach: bool, workspace: str | None, as_json: bool) -> None:
     """Show studies A and B side by side.
 
     With a paired test of what they ship, where the same rows judged both.
     """
+    cli_jobs.check_sending(cluster, detach)
+    if cluster is not None:
+        return cli_jobs.asked(click.get_current_context(), [first, second], cluster, detach, as_json)
     from search.shown.comparison import compare as run
     from search.shown.comparison import lines
     from search.study import Study
@@ -102,16 +106,24 @@ def compare(first: str, second: str, workspace: str | None, as_json: bool) -> No
 @click.argument("study")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @click.option("--parquet", metavar="FILE", help="Write a Parquet file.")
+@options.tracking_uri
 @options.workspace
 @options.as_json
-def trials(study: str, as_csv: bool, parquet: str | None, workspace: str | None, as_json: bool) -> None:
+def trials(
+    study: str, as_csv: bool, parquet: str | None, tracking_uri: str | None, workspace: str | None, as_json: bool
+) -> None:
     """List the trials of STUDY, also as a file for pandas or a spreadsheet."""
     if as_csv + as_json + (parquet is not None) > 1:
         raise RequestError("a table has one form: give one of --csv, --json and --parquet")
     from search.record import trial_table
     from search.study import Study
 
-    frame = Study(study, workspace).trials_dataframe()
+    if uri := elsewhere(tracking_uri, study, workspace):
+        from search.service.elsewhere import read_trials
+
+        frame = trial_table.dataframe(read_trials(uri, study))
+    else:
+        frame = Study(study, workspace).trials_dataframe()
     if parquet is not None:
         trial_table.write_parquet(frame, Path(parquet))
         click.echo(f"{len(frame)} trials written to {parquet}")
@@ -132,16 +144,22 @@ def trials(study: str, as_csv: bool, parquet: str | None, workspace: str | None,
 @click.argument("study")
 @click.argument("trial", type=int)
 @click.option("--csv", "as_csv", is_flag=True, help="Print its epochs as CSV, and nothing else.")
+@options.tracking_uri
 @options.workspace
 @options.as_json
-def show(study: str, trial: int, as_csv: bool, workspace: str | None, as_json: bool) -> None:
+def show(study: str, trial: int, as_csv: bool, tracking_uri: str | None, workspace: str | None, as_json: bool) -> None:
     """Show one trial, and all that it printed."""
     if as_csv and as_json:
         raise RequestError("epochs have one form: give --csv or --json")
     from search.shown.report import trial_lines
     from search.study import Study
 
-    found = Study(study, workspace).show(trial)
+    if uri := elsewhere(tracking_uri, study, workspace):
+        from search.service.elsewhere import read_trial
+
+        found = read_trial(uri, study, trial)
+    else:
+        found = Study(study, workspace).show(trial)
     if as_csv:
         from search.record.trial_table import epochs
 
@@ -182,9 +200,7 @@ def stop(study: str, now: bool, cluster: str | None, workspace: str | None, as_j
     from search.loop.stopping import stop as run
 
     if cluster is not None:
-        from search.shown.cli_jobs import stopped
-
-        return stopped(cluster, study, as_json)
+        return cli_jobs.stopped(cluster, study, as_json)
     found = run(study, now=now, workspace=workspace)
     if as_json:
         return print_json(found)
@@ -239,13 +255,31 @@ def reproduce(study: str, trial: int, workspace: str | None, as_json: bool) -> N
     show_default=True,
     help="Open the test rows for it and the single winner, counted: auto only if no study has opened them.",
 )
+@options.sending
+@click.option("--tracking-uri", metavar="URI", help="With --cluster and --out: its MLflow [MLFLOW_TRACKING_URI].")
 @options.workspace
 @options.as_json
-def ensemble(study: str, size: int, out: str | None, evaluate: str, workspace: str | None, as_json: bool) -> None:
+def ensemble(
+    study: str,
+    size: int,
+    out: str | None,
+    evaluate: str,
+    cluster: str | None,
+    detach: bool,
+    tracking_uri: str | None,
+    workspace: str | None,
+    as_json: bool,
+) -> None:
     """Average models of STUDY, and say whether that wins.
 
     Models are picked by guard rows, and judged by guard rows that did not pick them and by a test, if asked for.
     """
+    cli_jobs.check_sending(cluster, detach)
+    if tracking_uri is not None and (cluster is None or out is None):
+        raise RequestError("--tracking-uri is where --out is fetched from with --cluster; add both, or leave it out")
+    if cluster is not None:
+        context = click.get_current_context()
+        return cli_jobs.ensembled(context, study, cluster, detach, as_json, out, tracking_uri)
     from search.ensembles.ensemble_words import lines
     from search.study import Study
 
@@ -315,7 +349,12 @@ def elsewhere(given: str | None, study: str | None, workspace: str | None) -> st
     """Where a study is to be read from, if not from the workspace.
 
     That is where somebody says; or, for a study by name that the workspace does not have, the environment's server.
+
+    Raises:
+        RequestError: If somebody says both.
     """
+    if given is not None and workspace is not None:
+        raise RequestError("a study is read from one place: give one of --tracking-uri and --workspace")
     from search.study import Study
     from search.tracker.publishing import anchored
 

@@ -386,7 +386,7 @@ def trial_lines(found: dict[str, Any]) -> list[str]:
         what = "best" if step == "epoch" else "mean"
         steps = step if count == 1 and step != "epoch" else f"{step}s"
         out.append(f"stopped early by the pruner, after {count} {steps}; the score is Keras' {what} until then")
-    if found["state"] == TrialState.COMPLETE:
+    if found["state"] == TrialState.COMPLETE and found["kept"] is not None:
         out.append("its model is kept" if found["kept"] else "its model was not kept: others scored better (--keep)")
     if found["size"] is not None:
         flops = found["extra"].get("flops")
@@ -396,6 +396,8 @@ def trial_lines(found: dict[str, Any]) -> list[str]:
         if one["attempt"] == found["attempt"]:
             metrics = ", ".join(f"{name} {value:.4g}" for name, value in one["metrics"].items())
             out.append(f"{found['step']} {one['step']}: {metrics}")
+    if found["log"] is None:
+        return [*out, "what it printed, and whether its model is kept, is known where it ran"]
     return [*out, "it printed:", found["log"].rstrip()] if found["log"].strip() else out
 
 

@@ -282,7 +282,7 @@ class Publisher:
         """Sends the epochs of a running trial so far, and its params once they cannot change."""
         run, points = self._runs[key], self._points.get(key, [])
         params = self._new_params(key, run) if key in self._story.built else {}
-        self._send(run.run_id, points, params)
+        self._send(run.run_id, points, params, runs.record_tag(self._story.attempts[key]) if params else None)
         run.params |= set(params)
         run.flushed = time.monotonic()
         self._points[key] = []

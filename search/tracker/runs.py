@@ -6,6 +6,7 @@ Pure values, so that a run worked out again, after a restart, is the same run.
 from __future__ import annotations
 
 import dataclasses
+import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +23,8 @@ Key = tuple[int, int]
 STUDY_ID, TRIAL, ATTEMPT, STATE = "heldout.study_id", "heldout.trial", "heldout.attempt", "heldout.state"
 CONFIRMS = "heldout.confirms"
 WORKSPACE = "heldout.workspace"
+RECORD = "heldout.record"
+"""What MLflow's own form of a trial loses, as JSON: types, names and order of params, times below a millisecond."""
 NON_FINITE = "heldout.non_finite"
 INTERRUPTED = "INTERRUPTED"
 """State tag of a run whose driver ended before it did; a resumed study may yet go on with it."""
@@ -33,7 +36,10 @@ TRIAL_STATUS = {
     TrialState.PRUNED: "FINISHED",  # as it should; KILLED has a red cross in MLflow's list, as if it had broken
     TrialState.FAILED: "FAILED",
 }
-_FINAL = ("score", "seconds", "epochs", "best_epoch", "weights", "flops")
+FINAL = ("score", "seconds", "epochs", "best_epoch", "weights", "flops")
+"""Names of the values that an attempt ends with; all others are Keras', epoch by epoch."""
+
+_MOST_TAG = 8000  # characters that MLflow keeps of a tag
 STUDY_STATUS = {"RUNNING": "RUNNING", "COMPLETE": "FINISHED", "FAILED": "FAILED", "STOPPED": "KILLED"}
 
 
@@ -118,7 +124,7 @@ class Story:
             key = (trial.number, self._ran[trial.number])
             if self.attempts[key].state is TrialState.RUNNING:
                 ended = dataclasses.replace(
-                    self.attempts[key], reason=trial.reason, message=trial.message, ended=at
+                    self.attempts[key], ended=at, reason=trial.reason, message=trial.message, epochs=trial.epochs
                 )
                 self.attempts[key] = ended.moved(TrialState.WAITING)
             return key
@@ -166,6 +172,7 @@ def trial_tags(study: Mapping[str, Any], key: Key, trial: Trial, parent: str) ->
         **({} if (asked := source(trial)) is None else {"heldout.enqueued": asked}),
         **_common_tags(study),
         **({} if trial.text is None else {"heldout.space_digest": trial.text}),
+        **record_tag(trial),
     }
 
 
@@ -180,15 +187,22 @@ def trial_params(story: Story, trial: Trial) -> dict[str, str]:
     return {"trial": str(trial.number), **named}
 
 
+def record_tag(trial: Trial) -> dict[str, str]:
+    """The tag from which the trial is read as it was; without params where they are too long for a tag."""
+    kept = {"started": trial.started, "ended": trial.ended, "retries": dict(trial.retries)}
+    text = json.dumps(kept | {"params": dict(trial.params)}, separators=(",", ":"))
+    return {RECORD: text if len(text) <= _MOST_TAG else json.dumps(kept)}
+
+
 def end_tags(trial: Trial) -> dict[str, str]:
     """Tags that an attempt which is over ends with."""
     tags = {STATE: trial.state.value, "heldout.reason": trial.reason, "heldout.message": trial.message}
-    return {key: value for key, value in tags.items() if value}
+    return {key: value for key, value in tags.items() if value} | record_tag(trial)
 
 
 def metric_names(objective: str) -> Names:
     """Names of series: the objective keeps its own, and what we add is not Keras' to use."""
-    names = Names(_FINAL)
+    names = Names(FINAL)
     names.of(objective)
     return names
 
@@ -201,7 +215,7 @@ def end_points(trial: Trial, last: Point | None) -> list[Point]:
     step = max(trial.epochs, last.step if last else 0)
     at = max(millis(trial.ended or trial.started or 0.0), last.at + 1 if last else 0)
     final = (trial.score, trial.seconds, trial.epochs, trial.best_epoch, trial.size, trial.extra.get("flops"))
-    found = dict(zip(_FINAL, final, strict=True))
+    found = dict(zip(FINAL, final, strict=True))
     return [Point(key, float(value), at, step) for key, value in found.items() if value is not None]
 
 

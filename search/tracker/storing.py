@@ -1,4 +1,4 @@
-"""Puts a study's report and model with its run in MLflow, and reads studies from there: a process of its own.
+"""Puts a study's report and models with its run in MLflow, and reads studies from there: a process of its own.
 
 Run as ``python -m search.tracker.storing`` by ``publishing.call``: JSON in, JSON out, the address in the environment.
 What is read was written by whoever can write to the server: names of files are checked, and digests tell a torn copy.
@@ -18,9 +18,8 @@ from typing import Any
 from mlflow import MlflowClient, set_tracking_uri
 from mlflow.entities import Run, ViewType
 
-from search.tracker import asking, runs, tracking
+from search.tracker import asking, reading, runs, tracking
 
-PLACE = "published"
 _MANIFEST = "published.json"
 _PAGE = "report/report.html"
 
@@ -29,18 +28,18 @@ def store(client: MlflowClient, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Upload a folder to the run of a study; the list of its files goes last, so that it never names what is not there.
 
     Args:
-        asked: ``study_id`` and ``folder``.
+        asked: ``study_id``, ``folder``, and ``place``, what it is stored under; other places stay as they are.
     """
     found = _parents(client, f"tags.`{runs.STUDY_ID}` = '{asked['study_id']}'")
     if not found:
         return {"error": "the run of the study is not in MLflow; has the tracker caught up? see `heldout status`"}
     folder, run = Path(asked["folder"]), found[0].info.run_id
     files = {path.relative_to(folder).as_posix(): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    client.log_artifacts(run, str(folder), PLACE)
+    client.log_artifacts(run, str(folder), asked["place"])
     with tempfile.TemporaryDirectory(prefix="heldout-store-") as scratch:
         manifest = Path(scratch) / _MANIFEST
         manifest.write_text(json.dumps(files, indent=2))
-        client.log_artifact(run, str(manifest), PLACE)
+        client.log_artifact(run, str(manifest), asked["place"])
     return {"run_id": run, "files": list(files)}
 
 
@@ -49,12 +48,27 @@ def states(client: MlflowClient, asked: Mapping[str, Any]) -> dict[str, Any]:
     return {"studies": [_state(client, run) for run in reversed(_named(client, asked["study"]))]}
 
 
+def trials(client: MlflowClient, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``trials`` of ``study`` as JSON; None where there is no such study."""
+    found = _named(client, asked["study"])
+    return {"trials": [trial.to_json() for trial in reading.trials(client, found[0])] if found else None}
+
+
+def trial(client: MlflowClient, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """One ``trial`` of ``study`` by its ``number``, or None; and the ``plan`` by which the study validates."""
+    found = _named(client, asked["study"])
+    if not found:
+        return {"trial": None}
+    shown = reading.shown(client, found[0], asked["number"])
+    return {"trial": shown, "plan": found[0].data.params.get("validation", "holdout")}
+
+
 def fetch(client: MlflowClient, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy what was published of ``study`` to the folder ``out``.
+    """Copy what was stored of ``study`` to the folder ``out``.
 
     Args:
-        asked: ``study``; ``below``, the part of it that is wanted, such as ``model/``, or ``"page"`` for the report's
-            page, which every study has that has ended; and ``out``.
+        asked: ``study``; ``place``, as for ``store``, or ``"page"`` for the report's page, which every study has that
+            has ended; ``below``, the part of it that is wanted, such as ``model/``, or "" for all; and ``out``.
 
     Returns:
         ``files``, or None where nothing was published.
@@ -64,20 +78,21 @@ def fetch(client: MlflowClient, asked: Mapping[str, Any]) -> dict[str, Any]:
         return {"files": None}
     run, out = found[0].info.run_id, Path(asked["out"])
     with tempfile.TemporaryDirectory(prefix="heldout-fetch-") as scratch:
-        if asked["below"] == "page":
+        if asked["place"] == "page":
             if not _is_there(client, run, _PAGE):
                 return {"files": None}
             shutil.copyfile(client.download_artifacts(run, _PAGE, scratch), out / Path(_PAGE).name)
             return {"files": [Path(_PAGE).name]}
-        if not _is_there(client, run, f"{PLACE}/{_MANIFEST}"):
+        place = asked["place"]
+        if not _is_there(client, run, f"{place}/{_MANIFEST}"):
             return {"files": None}
-        listed = json.loads(Path(client.download_artifacts(run, f"{PLACE}/{_MANIFEST}", scratch)).read_bytes())
+        listed = json.loads(Path(client.download_artifacts(run, f"{place}/{_MANIFEST}", scratch)).read_bytes())
         wanted = {name: digest for name, digest in listed.items() if name.startswith(asked["below"])}
         for name, digest in wanted.items():
             pure = PurePosixPath(name)
             if pure.is_absolute() or ".." in pure.parts or "\\" in name:
                 raise ValueError(f"{name!r} must be a file below the study's own folder")
-            path = Path(client.download_artifacts(run, f"{PLACE}/{name}", scratch))
+            path = Path(client.download_artifacts(run, f"{place}/{name}", scratch))
             if _digest(path) != digest:
                 raise ValueError(f"{name} is not what was published; publish the study again")
             to = out / pure.relative_to(asked["below"].rstrip("/")) if asked["below"].endswith("/") else out / name
@@ -104,13 +119,7 @@ def _parents(client: MlflowClient, wanted: str) -> list[Run]:
 def _state(client: MlflowClient, parent: Run) -> dict[str, Any]:
     """A study in the keys of ``Study.status``, as far as its runs tell."""
     tags, params, run = parent.data.tags, parent.data.params, parent.info
-    last: dict[int, Run] = {}
-    own_tag = f"tags.`{runs.STUDY_ID}` = '{tags[runs.STUDY_ID]}'"
-    for one in asking.runs(client, own_tag, ViewType.ACTIVE_ONLY, [run.experiment_id]):
-        if runs.TRIAL in one.data.tags:
-            key = int(one.data.tags[runs.TRIAL])
-            if key not in last or int(one.data.tags[runs.ATTEMPT]) > int(last[key].data.tags[runs.ATTEMPT]):
-                last[key] = one
+    last = {number: one for (number, _), one in reading.attempts(client, parent).items()}
     own = {number: one for number, one in last.items() if runs.CONFIRMS not in one.data.tags}
     ended = [one.data.tags.get(runs.STATE) for one in own.values()]
     scores = {
@@ -144,12 +153,13 @@ def _digest(path: Path) -> str:
 
 
 def act(uri: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Do what is asked: ``store``, ``states`` or ``fetch``."""
+    """Do what is asked: what one of the functions above is called."""
     set_tracking_uri(uri)  # artifacts behind a server are found by it
     file = tracking.sqlite_file(uri)
     if file is not None and not file.exists():  # nothing is made by looking
         raise FileNotFoundError(f"{file} must be MLflow's file, but is not there")
-    return {"store": store, "states": states, "fetch": fetch}[asked["do"]](tracking.connect(uri), asked)
+    known = {"store": store, "states": states, "trials": trials, "trial": trial, "fetch": fetch}
+    return known[asked["do"]](tracking.connect(uri), asked)
 
 
 if __name__ == "__main__":
