@@ -107,6 +107,9 @@ class World:
             self.jobs[name] = (job, slot, "killed")
             self.end(name)
 
+    def need(self, more: bool) -> None:
+        """Slots stay."""
+
     def cpu_seconds(self, name: str) -> float | None:
         return 0.0
 
