@@ -115,6 +115,22 @@ def test_a_job_is_killed_even_before_its_files_are_there(begin: Begin, tmp_path:
 # ── files ────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_what_is_said_to_a_job_whose_files_are_on_their_way_reaches_it(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Agent._stage
+
+    def late(agent: Agent, order: dict[str, Any]) -> None:
+        time.sleep(1.0)
+        stage(agent, order)
+
+    monkeypatch.setattr(Agent, "_stage", late)
+    agent, _ = begin()
+    agent.order(1, [order("a", "dialogue"), {"send": "a", "body": {"question": 4}}])
+    answers, _ = until(agent, "message")
+    assert [body["body"] for body, _ in answers if "message" in body] == [{"answer": 8}]
+
+
 def there_and_back(agent: Agent, sources: Sources, folder: Path, number: int, kind: str) -> list[dict[str, Any]]:
     """Run a body in a trial's folder that travels; what was told, its files taken in."""
     inputs = sources.inputs({"folder": str(folder)}, sees=False, module=False)

@@ -227,10 +227,12 @@ class Agent:
             with self._changed:
                 order = self._orders.popleft()
             if "run" in order:
-                self._jobs[order["run"]] = order
+                self._jobs[order["run"]] = order | {"unsent": []}
                 threading.Thread(target=self._stage, args=(order,), daemon=True).start()
             elif "start" in order:
                 self._start(executor, self._jobs[order["start"]])
+            elif "send" in order and "unsent" in (job := self._jobs.get(order["send"], {})):
+                job["unsent"].append(order["body"])  # its files are still on their way
             elif "send" in order:
                 executor.send(order["send"], order["body"])
             elif "kill" in order:
@@ -256,6 +258,8 @@ class Agent:
                 Path(out).mkdir(parents=True, exist_ok=True)
             executor.submit(Job(name, order["kind"], payload, log=log, env=env), slot)
             self._submitted.add(name)
+            for body in order.pop("unsent"):
+                executor.send(name, body)
         except (OSError, ValueError, HeldoutError) as error:
             self._fail(name, f"its process could not be started on {self._host}: {error}")
 
