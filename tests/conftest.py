@@ -68,3 +68,12 @@ def private_ray() -> Iterator[Any]:
         warnings.simplefilter("ignore", ResourceWarning)  # Ray lets go of its processes while they end
         stack.close()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL of the module's own, with the databases and roles of a service; a ``tests.team.Team``."""
+    from tests.team import database
+
+    with database() as found:
+        yield found

