@@ -27,7 +27,8 @@ MOST_SLOTS = 16
 
 _SLOTS = 8  # CPU slots of one agent at most: what its death costs
 # How HTTP/2 begins, which gRPC and so Ray speaks (RFC 9113, 3.4), and the type of the frame that a server says first.
-_HELLO, _SETTINGS_FRAME = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), 4
+_FRAME = b"\x04"
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _FRAME + b"\0\0\0\0\0"
 _TRIES = 3  # to start a private Ray: it gives its own processes half a minute, which a busy machine may exceed
 _SETTINGS = {
     # Ray's reports of dead workers go to stdout otherwise, in the middle of our JSON.
@@ -240,7 +241,7 @@ def _reach(address: str) -> None:
         raise RequestError(
             f"--ray must name a Ray cluster that runs, but {address} does not answer ({error}); see `ray status`"
         ) from None
-    if answer[3:4] != bytes([_SETTINGS_FRAME]):
+    if answer[3:4] != _FRAME:
         raise RequestError(
             f"--ray must name a Ray cluster, but what listens at {address} is none; `ray status` on its head says its "
             "address (Ray's port is 6379, and not that of its dashboard)"

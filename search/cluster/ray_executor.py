@@ -247,8 +247,10 @@ class RayExecutor:
             and node["NodeID"] not in self._refused
             and self._deaths.get(node["NodeID"], (0, 0.0))[1] <= now
         ]
-        free = free_of_each(ray)
         waiting = [agent for agent in self._agents if not agent.is_placed and now - agent.used > _QUEUED]
+        if not waiting and not self._division.shares(usable, [agent.share for agent in self._agents]):
+            return
+        free = free_of_each(ray)
         others = [agent.share for agent in self._agents if agent not in waiting]
         for agent, _ in zip(waiting, self._division.shares(usable, others, free), strict=False):
             self._drop(agent)
@@ -328,16 +330,18 @@ class RayExecutor:
 
     def _give_back(self, agent: AgentCalls) -> None:
         """End an idle agent in order, which removes what it has written on its node."""
-        agent.is_gone, self._slots = True, None
-        self._agents.remove(agent)
         if agent.said is None:
-            return self._let_go(agent)
+            return self._drop(agent)
+        self._forget(agent)
         self._answers.bring(agent, "close", agent.handle.close.remote())
 
     def _drop(self, agent: AgentCalls) -> None:
+        self._forget(agent)
+        self._let_go(agent)
+
+    def _forget(self, agent: AgentCalls) -> None:
         agent.is_gone, self._slots = True, None
         self._agents.remove(agent)
-        self._let_go(agent)
 
     def _let_go(self, agent: AgentCalls) -> None:
         with contextlib.suppress(Exception):

@@ -9,10 +9,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from search.errors import RequestError, StudyError, StudyFailed, StudyStopped
-from search.service.job_server import Cluster
+from search.service.job_server import ENDED, Cluster
 from search.service.submitting import MARK, STOP_SECONDS
 
-_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _POLL_SECONDS = 0.5
 _LOST_SECONDS = 60.0  # without a word from the cluster, after which following gives up
 _QUIET_SECONDS = 20.0  # in which a job says nothing, before the cluster is asked whether it is still there
@@ -70,7 +69,7 @@ def follow(cluster: Cluster, job: str, say: Callable[[str], None]) -> int:
             ) from None
         except RequestError:
             broken = broken or "it is silent"
-        if broken is None and info.status in _ENDED:
+        if broken is None and info.status in ENDED:
             return _outcome(info, job, cluster)
         if broken is not None and time.monotonic() - heard > _LOST_SECONDS:
             raise RequestError(
@@ -92,7 +91,7 @@ def stop(cluster: Cluster, job: str) -> dict[str, Any]:
         asked = cluster.client.stop_job(job)
         info = cluster.client.get_job_info(job)
         until = time.monotonic() + STOP_SECONDS + 30
-        while asked and info.status not in _ENDED and time.monotonic() < until:
+        while asked and info.status not in ENDED and time.monotonic() < until:
             time.sleep(_POLL_SECONDS)
             info = cluster.client.get_job_info(job)
     if not asked:

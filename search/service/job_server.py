@@ -20,6 +20,9 @@ from typing import Any
 from search import secrecy
 from search.errors import RequestError, StudyError
 
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+"""States of a job that is over."""
+
 _SECONDS = 10.0  # for an address that does not answer; Ray's own client waits without an end
 _ELSEWHERE = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # Ray's client prefers these to what it is told
 _CHATTY = (

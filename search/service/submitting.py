@@ -24,7 +24,7 @@ from search.definition.packing import Packed, pack
 from search.definition.problem import find
 from search.errors import RequestError
 from search.service import answering
-from search.service.job_server import Cluster
+from search.service.job_server import ENDED, Cluster
 from search.study import check_name
 
 MARK = "heldout"
@@ -38,7 +38,6 @@ STOP_SECONDS = 60
 
 _ANSWER_SECONDS = 120.0
 _POLL_SECONDS = 0.2
-_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _WORKSPACE = "HELDOUT_WORKSPACE"
 
 
@@ -180,7 +179,7 @@ def _asked(cluster: Cluster, needs: Sequence[str]) -> dict[str, Any]:
         )
         try:
             until = time.monotonic() + _ANSWER_SECONDS
-            while (info := cluster.client.get_job_info(job)).status not in _ENDED:
+            while (info := cluster.client.get_job_info(job)).status not in ENDED:
                 if time.monotonic() > until:
                     cluster.client.stop_job(job)
                     raise RequestError(
